@@ -1,0 +1,105 @@
+"""Artifact folders: what is written is read back, and every byte that changed is named."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from interlock.errors import DataLoss, InterlockError, InvalidArgument, NotFound
+from interlock.stores import artifacts
+from interlock.stores.artifacts import ModelSpec, TensorSpec
+
+SPEC = ModelSpec(
+    name="policy",
+    inputs=(TensorSpec("obs", "FP32", (-1, 4)),),
+    outputs=(TensorSpec("logits", "FP32", (-1, 2)), TensorSpec("value", "FP32", (-1,))),
+    source={"run": "cartpole", "step": 1500, "note": 'a "quoted" \\ line\n', "forced": True},
+    export={"max_abs_error": 1.5e-7},
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "model.onnx").write_bytes(b"graph" * 100)
+    (tmp_path / "weights" / "a.bin").write_bytes(b"1234")
+    (tmp_path / "empty").write_bytes(b"")
+    artifacts.write_spec(tmp_path, SPEC)
+    artifacts.write_manifest(tmp_path, {"run": "cartpole"})
+    return tmp_path
+
+
+def test_round_trip(folder: Path) -> None:
+    manifest = artifacts.verify(folder)
+    assert [f.path for f in manifest.files] == ["empty", "model.onnx", "model.toml", "weights/a.bin"]
+    assert manifest.metadata == {"run": "cartpole"}
+    assert artifacts.read_spec(folder) == SPEC
+    assert artifacts.verify(folder, manifest.digest) == manifest
+    assert SPEC.step == 1500
+
+
+def test_the_digest_is_of_the_bytes_not_of_the_place_or_the_metadata(folder: Path) -> None:
+    digest = artifacts.read_manifest(folder).digest
+    assert artifacts.write_manifest(folder, {"other": 1}).digest == digest
+    (folder / "weights" / "a.bin").rename(folder / "weights" / "b.bin")
+    assert artifacts.write_manifest(folder).digest != digest
+
+
+@given(where=st.integers(min_value=0, max_value=499), bit=st.integers(min_value=0, max_value=7))
+def test_any_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, where: int, bit: int) -> None:
+    folder = tmp_path_factory.mktemp("flip")
+    body = bytearray(b"graph" * 100)
+    (folder / "model.onnx").write_bytes(body)
+    artifacts.write_manifest(folder)
+    body[where] ^= 1 << bit
+    (folder / "model.onnx").write_bytes(body)
+    with pytest.raises(DataLoss, match=r"model\.onnx"):
+        artifacts.verify(folder)
+
+
+def test_damage_is_named(folder: Path) -> None:
+    with pytest.raises(DataLoss, match="expected blake3:00"):
+        artifacts.verify(folder, "blake3:00")
+    (folder / "model.onnx").unlink()
+    with pytest.raises(NotFound, match=r"model\.onnx") as missing:
+        artifacts.verify(folder)
+    assert missing.value.reason == "FILE_MISSING"
+    (folder / "manifest.json").write_text('{"files": [}')
+    with pytest.raises(DataLoss) as corrupt:
+        artifacts.verify(folder)
+    assert corrupt.value.reason == "MANIFEST_CORRUPT"
+    (folder / "manifest.json").unlink()
+    with pytest.raises(NotFound) as unfinished:
+        artifacts.verify(folder)
+    assert unfinished.value.reason == "MANIFEST_MISSING"
+
+
+def test_links_are_refused(folder: Path) -> None:
+    (folder / "link").symlink_to("/etc/passwd")
+    with pytest.raises(InvalidArgument) as refused:
+        artifacts.write_manifest(folder)
+    assert refused.value.reason == "NOT_A_PLAIN_FILE"
+
+
+@pytest.mark.parametrize(
+    ("table", "field"),
+    [
+        ({}, "name"),
+        ({"name": 3}, "name"),
+        ({"name": "m", "colour": 1}, "colour"),
+        ({"name": "m", "engine": "pickle"}, "engine"),
+        ({"name": "m", "file": "../model.onnx"}, "file"),
+        ({"name": "m", "file": "/etc/model.onnx"}, "file"),
+        ({"name": "m"}, "inputs"),
+        ({"name": "m", "inputs": [{"name": "x"}]}, "inputs[0]"),
+        ({"name": "m", "inputs": [{"name": "x", "datatype": "float", "shape": [1]}]}, "inputs[0].datatype"),
+        ({"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-2]}]}, "inputs[0].shape"),
+        ({"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [True]}]}, "inputs[0].shape"),
+        ({"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1]}]}, "outputs"),
+    ],
+)
+def test_a_wrong_spec_names_its_field(table: dict[str, object], field: str) -> None:
+    with pytest.raises(InterlockError) as refused:
+        artifacts.parse_spec(table)
+    assert refused.value.field == field
