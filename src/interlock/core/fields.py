@@ -3,7 +3,8 @@
 Rules of the file:
 
 - a key that the dataclass does not have is refused, naming the keys it has;
-- a value of another type is refused, naming the dotted path and what was expected; an int is taken where a float is wanted;
+- a value of another type is refused, naming the dotted path and what was expected; an int is taken where a float is wanted, and a
+  whole float where an int is (a protobuf Struct knows floats only);
 - what `plain` writes, `parse` reads back equal.
 """
 
@@ -114,6 +115,8 @@ def _word(kind: type[StrEnum], data: object, field: str) -> StrEnum:
 def _scalar(kind: Any, data: object, field: str) -> object:
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
+    if kind is int and isinstance(data, float) and data.is_integer():
+        return int(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
         raise refuse(field, f"expected {kind.__name__}, got {data!r:.80}", data)
     return data

@@ -34,6 +34,7 @@ class AttachRequest(_message.Message):
     GOODBYE_FIELD_NUMBER: _builtins.int
     ROLLBACK_FIELD_NUMBER: _builtins.int
     CHECKPOINT_CHANGED_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message of a stream."""
@@ -62,6 +63,10 @@ class AttachRequest(_message.Message):
     def checkpoint_changed(self) -> Global___CheckpointChanged:
         """Checkpoints whose state the loop changed (damaged bytes found on load, retention)."""
 
+    @_builtins.property
+    def checkpoint_begun(self) -> Global___CheckpointBegun:
+        """A checkpoint of the state after the records sent so far is being written; `checkpoint_saved` follows when it is durable."""
+
     def __init__(
         self,
         *,
@@ -72,12 +77,13 @@ class AttachRequest(_message.Message):
         goodbye: Global___Goodbye | None = ...,
         rollback: _run_service_pb2.Rollback | None = ...,
         checkpoint_changed: Global___CheckpointChanged | None = ...,
+        checkpoint_begun: Global___CheckpointBegun | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_changed", b"checkpoint_changed", "checkpoint_saved", b"checkpoint_saved", "goodbye", b"goodbye", "hello", b"hello", "order_result", b"order_result", "report", b"report", "rollback", b"rollback", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_begun", b"checkpoint_begun", "checkpoint_changed", b"checkpoint_changed", "checkpoint_saved", b"checkpoint_saved", "goodbye", b"goodbye", "hello", b"hello", "order_result", b"order_result", "report", b"report", "rollback", b"rollback", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_changed", b"checkpoint_changed", "checkpoint_saved", b"checkpoint_saved", "goodbye", b"goodbye", "hello", b"hello", "order_result", b"order_result", "report", b"report", "rollback", b"rollback", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_begun", b"checkpoint_begun", "checkpoint_changed", b"checkpoint_changed", "checkpoint_saved", b"checkpoint_saved", "goodbye", b"goodbye", "hello", b"hello", "order_result", b"order_result", "report", b"report", "rollback", b"rollback", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["hello", "steps", "checkpoint_saved", "order_result", "goodbye", "rollback", "checkpoint_changed"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["hello", "steps", "checkpoint_saved", "order_result", "goodbye", "rollback", "checkpoint_changed", "checkpoint_begun"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
@@ -94,11 +100,8 @@ class Hello(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
-    GUARD_POLICY_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     PROMOTION_FIELD_NUMBER: _builtins.int
-    SAVE_EVERY_STEPS_FIELD_NUMBER: _builtins.int
-    CONFIRM_AFTER_STEPS_FIELD_NUMBER: _builtins.int
-    KEEP_COUNT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FOLDER_FIELD_NUMBER: _builtins.int
     RECIPE_FIELD_NUMBER: _builtins.int
     SERVABLE_FIELD_NUMBER: _builtins.int
@@ -112,12 +115,6 @@ class Hello(_message.Message):
     """Last step taken."""
     seq: _builtins.int
     """Last sequence number given out."""
-    save_every_steps: _builtins.int
-    """Steps between checkpoints."""
-    confirm_after_steps: _builtins.int
-    """Clean steps that confirm a checkpoint."""
-    keep_count: _builtins.int
-    """Checkpoints kept by the "last K" rule."""
     checkpoint_folder: _builtins.str
     """Folder of the run's checkpoints."""
     recipe: _builtins.str
@@ -125,8 +122,8 @@ class Hello(_message.Message):
     servable: _builtins.bool
     """Whether the loop can export a servable artifact."""
     @_builtins.property
-    def guard_policy(self) -> _struct_pb2.Struct:
-        """Guard policy as data."""
+    def policy(self) -> _struct_pb2.Struct:
+        """Run policy as data: guard, recovery, retention, save_every."""
 
     @_builtins.property
     def promotion(self) -> _run_service_pb2.PromotionPolicy:
@@ -140,18 +137,15 @@ class Hello(_message.Message):
         attempt: _builtins.int = ...,
         step: _builtins.int = ...,
         seq: _builtins.int = ...,
-        guard_policy: _struct_pb2.Struct | None = ...,
+        policy: _struct_pb2.Struct | None = ...,
         promotion: _run_service_pb2.PromotionPolicy | None = ...,
-        save_every_steps: _builtins.int = ...,
-        confirm_after_steps: _builtins.int = ...,
-        keep_count: _builtins.int = ...,
         checkpoint_folder: _builtins.str = ...,
         recipe: _builtins.str = ...,
         servable: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["guard_policy", b"guard_policy", "promotion", b"promotion"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "promotion", b"promotion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_folder", b"checkpoint_folder", "confirm_after_steps", b"confirm_after_steps", "guard_policy", b"guard_policy", "keep_count", b"keep_count", "pid", b"pid", "promotion", b"promotion", "recipe", b"recipe", "run", b"run", "save_every_steps", b"save_every_steps", "seq", b"seq", "servable", b"servable", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_folder", b"checkpoint_folder", "pid", b"pid", "policy", b"policy", "promotion", b"promotion", "recipe", b"recipe", "run", b"run", "seq", b"seq", "servable", b"servable", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,6 +174,34 @@ class StepBatch(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepBatch: _TypeAlias = StepBatch  # noqa: Y015
+
+@_typing.final
+class CheckpointBegun(_message.Message):
+    """A checkpoint that is being written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    INITIAL_FIELD_NUMBER: _builtins.int
+    initial: _builtins.bool
+    """Taken before the first step, so good by definition."""
+    @_builtins.property
+    def checkpoint(self) -> _run_service_pb2.Checkpoint:
+        """The checkpoint; size and digest are not known yet."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _run_service_pb2.Checkpoint | None = ...,
+        initial: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "initial", b"initial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointBegun: _TypeAlias = CheckpointBegun  # noqa: Y015
 
 @_typing.final
 class CheckpointSaved(_message.Message):
@@ -355,19 +377,25 @@ class Welcome(_message.Message):
 
     ACKNOWLEDGED_SEQ_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    RESTORE_FIELD_NUMBER: _builtins.int
     acknowledged_seq: _builtins.int
     """Highest sequence number stored; the loop sends what follows."""
     attempt: _builtins.int
     """Attempt the service has on record."""
+    @_builtins.property
+    def restore(self) -> _run_service_pb2.Rollback:
+        """Where a restarted loop begins; absent: where it is."""
+
     def __init__(
         self,
         *,
         acknowledged_seq: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        restore: _run_service_pb2.Rollback | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["restore", b"restore"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_seq", b"acknowledged_seq", "attempt", b"attempt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_seq", b"acknowledged_seq", "attempt", b"attempt", "restore", b"restore"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -252,7 +252,7 @@ class CreateRunRequest(_message.Message):
     RECIPE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     GUARD_POLICY_FIELD_NUMBER: _builtins.int
-    GUARD_POLICY_SPEC_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     SAVE_EVERY_STEPS_FIELD_NUMBER: _builtins.int
     KEEP_COUNT_FIELD_NUMBER: _builtins.int
     CONFIRM_AFTER_STEPS_FIELD_NUMBER: _builtins.int
@@ -281,8 +281,8 @@ class CreateRunRequest(_message.Message):
         """Recipe parameters; unknown names are refused."""
 
     @_builtins.property
-    def guard_policy_spec(self) -> _struct_pb2.Struct:
-        """A whole guard policy as data, instead of a name."""
+    def policy(self) -> _struct_pb2.Struct:
+        """A whole run policy as data (guard, recovery, retention, save_every); the fields beside it win over what it says."""
 
     @_builtins.property
     def promotion(self) -> Global___PromotionPolicy:
@@ -296,16 +296,16 @@ class CreateRunRequest(_message.Message):
         recipe: _builtins.str = ...,
         parameters: _struct_pb2.Struct | None = ...,
         guard_policy: _builtins.str = ...,
-        guard_policy_spec: _struct_pb2.Struct | None = ...,
+        policy: _struct_pb2.Struct | None = ...,
         save_every_steps: _builtins.int = ...,
         keep_count: _builtins.int = ...,
         confirm_after_steps: _builtins.int = ...,
         promotion: Global___PromotionPolicy | None = ...,
         max_step_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "guard_policy_spec", b"guard_policy_spec", "parameters", b"parameters", "promotion", b"promotion"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "parameters", b"parameters", "policy", b"policy", "promotion", b"promotion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "confirm_after_steps", b"confirm_after_steps", "guard_policy", b"guard_policy", "guard_policy_spec", b"guard_policy_spec", "keep_count", b"keep_count", "max_step_count", b"max_step_count", "parameters", b"parameters", "promotion", b"promotion", "recipe", b"recipe", "run_id", b"run_id", "save_every_steps", b"save_every_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "confirm_after_steps", b"confirm_after_steps", "guard_policy", b"guard_policy", "keep_count", b"keep_count", "max_step_count", b"max_step_count", "parameters", b"parameters", "policy", b"policy", "promotion", b"promotion", "recipe", b"recipe", "run_id", b"run_id", "save_every_steps", b"save_every_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -716,6 +716,7 @@ class Rollback(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     COMPLETE_TIME_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
     rollback_id: _builtins.str
     """Unique id; the controller's and the trainer's record meet under it."""
     run: _builtins.str
@@ -744,6 +745,8 @@ class Rollback(_message.Message):
     """"controller", "trainer" (the controller did not answer) or "loop" (no trainer answered)."""
     trace_id: _builtins.str
     """The trace of the story, 32 hex digits; empty when tracing is off."""
+    message: _builtins.str
+    """One line for people: rule, metric, value, limit; the fallback that was taken; why the run waits."""
     @_builtins.property
     def quarantined_checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Checkpoints that were quarantined. Format: runs/{run}/checkpoints/{checkpoint}."""
@@ -781,10 +784,11 @@ class Rollback(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         complete_time: _timestamp_pb2.Timestamp | None = ...,
         trace_id: _builtins.str = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete_time", b"complete_time", "create_time", b"create_time", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "complete_time", b"complete_time", "create_time", b"create_time", "decided_by", b"decided_by", "from_step", b"from_step", "limit", b"limit", "metric", b"metric", "onset_step", b"onset_step", "plan", b"plan", "quarantined_checkpoints", b"quarantined_checkpoints", "rollback_id", b"rollback_id", "rule", b"rule", "run", b"run", "state", b"state", "target_checkpoint", b"target_checkpoint", "to_step", b"to_step", "trace_id", b"trace_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "complete_time", b"complete_time", "create_time", b"create_time", "decided_by", b"decided_by", "from_step", b"from_step", "limit", b"limit", "message", b"message", "metric", b"metric", "onset_step", b"onset_step", "plan", b"plan", "quarantined_checkpoints", b"quarantined_checkpoints", "rollback_id", b"rollback_id", "rule", b"rule", "run", b"run", "state", b"state", "target_checkpoint", b"target_checkpoint", "to_step", b"to_step", "trace_id", b"trace_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -801,16 +805,19 @@ class RetryPlan(_message.Message):
     SKIP_STEP_COUNT_FIELD_NUMBER: _builtins.int
     RESET_MOMENTS_FIELD_NUMBER: _builtins.int
     NEW_SEED_FIELD_NUMBER: _builtins.int
+    SKIP_FROM_STEP_FIELD_NUMBER: _builtins.int
     learning_rate_factor: _builtins.float
     """Learning rate is multiplied by this; 1: unchanged."""
     learning_rate_step_count: _builtins.int
     """For this many steps; 0: for good."""
     skip_step_count: _builtins.int
-    """Data positions to skip over from the onset on; 0: none."""
+    """Data of this many steps is left out, from `skip_from_step` on; 0: none."""
     reset_moments: _builtins.bool
     """Optimizer moments are cleared."""
     new_seed: _builtins.int
     """Random generators are re-seeded with this; 0: they are restored."""
+    skip_from_step: _builtins.int
+    """First step whose data is left out."""
     def __init__(
         self,
         *,
@@ -819,10 +826,11 @@ class RetryPlan(_message.Message):
         skip_step_count: _builtins.int = ...,
         reset_moments: _builtins.bool = ...,
         new_seed: _builtins.int = ...,
+        skip_from_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["learning_rate_factor", b"learning_rate_factor", "learning_rate_step_count", b"learning_rate_step_count", "new_seed", b"new_seed", "reset_moments", b"reset_moments", "skip_step_count", b"skip_step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learning_rate_factor", b"learning_rate_factor", "learning_rate_step_count", b"learning_rate_step_count", "new_seed", b"new_seed", "reset_moments", b"reset_moments", "skip_from_step", b"skip_from_step", "skip_step_count", b"skip_step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
