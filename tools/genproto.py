@@ -52,11 +52,19 @@ def generate(target: Path) -> Path:
 
 def _differences(fresh: Path, committed: Path) -> list[str]:
     names = {p.relative_to(fresh) for p in fresh.rglob("*") if p.is_file()}
-    names |= {p.relative_to(committed) for p in committed.rglob("*.py*") if p.suffix in {".py", ".pyi"} and "oip" not in p.parts}
+    names |= {
+        p.relative_to(committed)
+        for p in committed.rglob("*.py*")
+        if p.suffix in {".py", ".pyi"} and "oip" not in p.parts
+    }
     return sorted(
         str(name)
         for name in names
-        if not ((fresh / name).is_file() and (committed / name).is_file() and filecmp.cmp(fresh / name, committed / name, shallow=False))
+        if not (
+            (fresh / name).is_file()
+            and (committed / name).is_file()
+            and filecmp.cmp(fresh / name, committed / name, shallow=False)
+        )
     )
 
 
@@ -69,7 +77,11 @@ def main() -> int:
         fresh = generate(Path(scratch))
         if check:
             stale = _differences(fresh, API)
-            print("\n".join(["src/interlock/api is stale; run `make proto`:", *stale]) if stale else "src/interlock/api is up to date")
+            print(
+                "\n".join(["src/interlock/api is stale; run `make proto`:", *stale])
+                if stale
+                else "src/interlock/api is up to date"
+            )
             return 1 if stale else 0
         for path in fresh.rglob("*"):
             if path.is_file():

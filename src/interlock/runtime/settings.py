@@ -1,0 +1,211 @@
+"""Settings of all rooms: one `interlock.toml`, environment variables `INTERLOCK_*` on top, unknown names refused.
+
+A nested field is reached by its room: `[inference] port = 8001` in the file is `INTERLOCK_INFERENCE_PORT` in the environment. Every
+process reads the whole of it, so that rooms know each other's addresses from one source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+PREFIX = "INTERLOCK_"
+OTHER_NAMES = frozenset(
+    {"INTERLOCK_CONFIG", "INTERLOCK_API_KEY", "INTERLOCK_FAILPOINT", "INTERLOCK_RUN", "INTERLOCK_TEST_SEEDS"}
+)
+"""Variables that are read elsewhere: the file's place, the command line's key, fault injection, the loop's run name, test volume."""
+
+
+class _Room(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InferenceSettings(_Room):
+    """One replica."""
+
+    port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    metrics_port: int = Field(9101, ge=0, le=65535, description="HTTP port of /metrics and /health; 0 takes a free one")
+    warmup_iterations: int = Field(
+        5, ge=1, le=1000, description="warm-up inferences before a version may serve"
+    )  # seeds 000, 001
+    drain_seconds: float = Field(30.0, gt=0, description="time for requests in flight to finish")  # seed 000
+    intra_op_threads: int = Field(1, ge=1, le=256, description="threads inside one inference of one version")
+    providers: list[str] = Field(
+        default_factory=lambda: ["CPUExecutionProvider"], description="execution providers, best first"
+    )
+    max_message_mb: int = Field(64, ge=1, le=1024, description="largest request, in MiB")
+    recorded_requests: int = Field(
+        64, ge=0, le=4096, description="recent requests kept per model for warm-up and comparison"
+    )
+
+
+class TrainerSettings(_Room):
+    """The trainer service."""
+
+    port: int = Field(8002, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    metrics_port: int = Field(9102, ge=0, le=65535, description="HTTP port of /metrics and /health; 0 takes a free one")
+    decision_timeout_seconds: float = Field(
+        2.0, gt=0, description="wait for the controller's rollback decision before acting alone"
+    )
+    child_threads: int = Field(1, ge=1, le=256, description="torch threads of a run's process")
+
+
+class ControllerSettings(_Room):
+    """The controller."""
+
+    port: int = Field(8003, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    metrics_port: int = Field(9103, ge=0, le=65535, description="HTTP port of /metrics and /health; 0 takes a free one")
+    replicas: list[str] = Field(
+        default_factory=lambda: ["127.0.0.1:8001"], description="gRPC addresses of the replicas"
+    )
+    tick_seconds: float = Field(0.5, gt=0, description="longest time between two looks at the world")
+
+
+class GatewaySettings(_Room):
+    """The HTTP gateway."""
+
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    max_body_mb: int = Field(20, ge=1, le=1024, description="largest request body, in MiB")  # seed 004, MAX_UPLOAD_MB
+    predict_timeout_seconds: float = Field(
+        30.0, gt=0, description="deadline of a prediction when the caller names none"
+    )
+    cors_origins: list[str] = Field(default_factory=list, description="origins a browser may call from")
+    default_model: str = Field(
+        "", description="model of /predict and /version when the request names none; empty: the only one"
+    )
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+    )
+
+    home: Path = Field(Path(".interlock"), description="state folder: databases, runs, models, logs, keys")
+    host: str = Field("127.0.0.1", description="address every room listens on")
+    insecure: bool = Field(False, description="listen beyond loopback without keys; says so in every start")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+    otlp_endpoint: str = Field(
+        "", description="OTLP/gRPC receiver of traces, e.g. http://127.0.0.1:4317; empty: traces are off"
+    )
+    probe_interval_seconds: float = Field(
+        0.5, ge=0, description="time between NOT_SERVING and closing the port at shutdown"
+    )
+    inference: InferenceSettings = InferenceSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    controller: ControllerSettings = ControllerSettings()
+    gateway: GatewaySettings = GatewaySettings()
+
+    @property
+    def inference_address(self) -> str:
+        """Where the gateway finds the replica."""
+        return f"{_reachable(self.host)}:{self.inference.port}"
+
+    @property
+    def trainer_address(self) -> str:
+        """Where the controller, the gateway and loops find the trainer."""
+        return f"{_reachable(self.host)}:{self.trainer.port}"
+
+    @property
+    def controller_address(self) -> str:
+        """Where everybody finds the controller."""
+        return f"{_reachable(self.host)}:{self.controller.port}"
+
+    @property
+    def keys_path(self) -> Path:
+        """The file of API keys; keys are required when it exists."""
+        return self.home / "keys.toml"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win over the environment, the environment over the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_path())
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  a wildcard is not an address to call
+
+
+def config_path() -> Path:
+    """The configuration file: `INTERLOCK_CONFIG`, or `interlock.toml` in the working folder."""
+    return Path(os.environ.get("INTERLOCK_CONFIG", "interlock.toml"))
+
+
+def is_loopback(host: str) -> bool:
+    """True when `host` can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _known_names() -> set[str]:
+    names = set(OTHER_NAMES)
+    for name, field in Settings.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            names |= {f"{PREFIX}{name}_{inner}".upper() for inner in nested.model_fields}
+        names.add(f"{PREFIX}{name}".upper())
+    return names
+
+
+def _refuse_unknown_environment() -> None:
+    # pydantic-settings accepts a misspelt variable in silence, even with extra="forbid" (measured).
+    known = _known_names()
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"environment variable {name} is not a setting{hint} (`interlock config` lists all)")
+
+
+def load(**overrides: object) -> Settings:
+    """Reads file and environment.
+
+    Raises:
+        ValueError: one line per mistake, each naming the setting.
+    """
+    _refuse_unknown_environment()
+    path = config_path()
+    if "INTERLOCK_CONFIG" in os.environ and not path.is_file():
+        raise ValueError(f"INTERLOCK_CONFIG names {path}, which is not a file")
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise ValueError("invalid settings: " + "; ".join(lines)) from error
+
+
+def refuse_exposed(settings: Settings) -> None:
+    """Refuses an address beyond loopback without keys, unless `insecure` says so.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if not is_loopback(settings.host) and not settings.keys_path.exists() and not settings.insecure:
+        raise ValueError(
+            f"host {settings.host} can be reached from other machines and there are no API keys: create one with "
+            "`interlock keys create --scope admin --name NAME`, or set insecure = true to accept anybody"
+        )

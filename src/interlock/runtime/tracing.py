@@ -1,0 +1,77 @@
+"""The server's side of a trace: a span per call on the control plane, and the caller's ids in every log line."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from grpc import aio
+from opentelemetry.trace import SpanKind
+
+from interlock.runtime import telemetry
+from interlock.runtime.status import wrap_handler
+
+REQUEST_ID_HEADER = "x-request-id"
+HOT = ("ModelInfer", "ModelStreamInfer")
+"""Methods of the data plane: no span and no log context unless the caller sent a traceparent or spans are exported."""
+QUIET = ("/grpc.",)
+"""Services that are polled: no span at all."""
+
+
+class TraceInterceptor(aio.ServerInterceptor):
+    """Continues the caller's trace and binds request id and method for logs."""
+
+    async def intercept_service(
+        self, continuation: Callable[..., Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wraps the handler, unless the call is to leave no trace."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(QUIET):
+            return handler
+        headers = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
+        if details.method.endswith(HOT) and not telemetry.exporting() and "traceparent" not in headers:
+            return handler
+        return wrap_handler(handler, _traced_unary(headers), _traced_stream(headers), details.method)
+
+
+def _bind(headers: dict[str, str], method: str) -> dict[str, str]:
+    return {"request_id": headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex[:16], "method": method}
+
+
+def _traced_unary(headers: dict[str, str]) -> Callable[..., Any]:
+    def wrap(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+        async def traced(request: Any, context: Any) -> Any:
+            with (
+                structlog.contextvars.bound_contextvars(**_bind(headers, method)),
+                telemetry.span(
+                    method.lstrip("/"),
+                    parent=headers.get("traceparent", ""),
+                    kind=SpanKind.SERVER,
+                    **{"rpc.system": "grpc"},
+                ),
+            ):
+                return await behaviour(request, context)
+
+        return traced
+
+    return wrap
+
+
+def _traced_stream(headers: dict[str, str]) -> Callable[..., Any]:
+    # A span around a generator would be attached in one context and detached in another: streams keep the caller's ids for logs only.
+    def wrap(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+        async def traced(request: Any, context: Any) -> AsyncIterator[Any]:
+            structlog.contextvars.bind_contextvars(**_bind(headers, method))
+            result = behaviour(request, context)
+            if hasattr(result, "__aiter__"):
+                async for message in result:
+                    yield message
+            else:
+                await result
+
+        return traced
+
+    return wrap
