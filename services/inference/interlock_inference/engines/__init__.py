@@ -1,0 +1,83 @@
+"""What a slot needs from an engine. Adapters stand beside this module; nothing outside them imports an engine's library.
+
+An engine belongs to one version, is built and closed by its slot, and may be run by several threads at once. It knows tensors by
+name and nothing of requests, routes or versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from interlock.stores.artifacts import TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The tensors that a version takes and gives, in the model's order.
+
+    Attributes:
+        symbols: input name -> one name per dimension, empty where it has none. Dimensions that share a name must agree in a request.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    symbols: Mapping[str, tuple[str, ...]]
+
+
+class Engine(Protocol):
+    """A loaded model that can be run.
+
+    Arrays have the numpy type of their datatype; BF16 travels as uint16 bit patterns and BYTES as object arrays of bytes.
+    """
+
+    platform: str
+    """Triton's platform name, e.g. `onnxruntime_onnx`."""
+    providers: tuple[str, ...]
+    """What it really runs on, as reported after loading, best first."""
+    signature: Signature
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The named outputs, in the order asked for. Thread-safe; blocks.
+
+        Raises:
+            InvalidArgument: `INVALID_TENSOR`: the engine refused the inputs.
+            Internal: `ENGINE_FAULT`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds. Idempotent; never while a run is in progress."""
+        ...
+
+
+def made_up_inputs(signature: Signature, rows: int = 1, seed: int = 0) -> dict[str, Array]:
+    """Inputs that fit a signature: `rows` along the first free dimension of each tensor, 1 along the others.
+
+    Floats are standard normal from `seed`; whole numbers are 0, which is a valid index wherever indices are meant; BYTES are empty.
+    """
+    from interlock_inference.tensors import NUMPY_TYPES
+
+    random = np.random.default_rng(seed)
+    made: dict[str, Array] = {}
+    for spec in signature.inputs:
+        shape = tuple(_free(dim, position, rows) for position, dim in enumerate(spec.shape))
+        if spec.datatype in ("FP16", "FP32", "FP64"):
+            made[spec.name] = random.standard_normal(shape).astype(NUMPY_TYPES[spec.datatype])
+        elif spec.datatype == "BYTES":
+            made[spec.name] = np.full(shape, b"", dtype=object)
+        else:
+            made[spec.name] = np.zeros(shape, NUMPY_TYPES[spec.datatype])
+    return made
+
+
+def _free(dim: int, position: int, rows: int) -> int:
+    if dim >= 0:
+        return dim
+    return rows if position == 0 else 1
