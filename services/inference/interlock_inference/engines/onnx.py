@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from interlock.errors import FailedPrecondition, Internal, InterlockError, InvalidArgument, NotFound
+from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound
 from interlock.stores.artifacts import TensorSpec
 from interlock_inference.engines import Array, Engine, Signature
 

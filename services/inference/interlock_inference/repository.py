@@ -1,0 +1,161 @@
+"""Opens an artifact for serving: finds it, proves its bytes, builds its engine, holds its signature to what it claims. Blocking; decides nothing.
+
+An artifact is a version folder (`manifest.json`, `model.onnx`, and mostly `model.toml`), or one bare `.onnx` file, whose digest is that of a
+folder holding it as `model.onnx` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
+from interlock.stores import artifacts
+from interlock.stores.artifacts import FileEntry, Manifest, ModelSpec, TensorSpec
+from interlock_inference.engines import Engine, Signature
+from interlock_inference.engines import onnx as onnx_engine
+from interlock_inference.engines.onnx import OnnxOptions
+
+Progress = Callable[[float, str], None]
+"""Called with percent and what is being done; from the thread that opens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that can be run, and what is known of it. `memory_bytes` is how much the process grew; other work at the same time blurs it."""
+
+    engine: Engine
+    digest: str
+    path: Path
+    spec: ModelSpec | None
+    memory_bytes: int
+
+
+def parse_uri(uri: str) -> Path:
+    """The local path of an artifact: a plain path or `file://`. Raises InvalidArgument `INVALID_ARTIFACT_URI`."""
+    text = uri.removeprefix("file://")
+    if not text or "://" in text or "\0" in text:
+        raise InvalidArgument(
+            f"artifact_uri: {uri[:200]!r} is neither a path nor file://",
+            reason="INVALID_ARTIFACT_URI",
+            field="artifact_uri",
+            metadata={"artifact_uri": uri[:200]},
+        )
+    return Path(text)
+
+
+def open_artifact(path: Path, expected_digest: str, options: OnnxOptions, progress: Progress) -> Opened:
+    """Verifies, then loads; nothing of a file is given to an engine before its digest is right.
+
+    Raises:
+        NotFound: `ARTIFACT_MISSING`.
+        FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `SIGNATURE_MISMATCH`, `SIGNATURE_MISSING`, `PROVIDER_UNAVAILABLE`.
+        InvalidArgument: `PATH_OUTSIDE_FOLDER`.
+    """
+    progress(5, f"verifying {path.name}")
+    manifest, spec = _verified(path, expected_digest)
+    model = path if path.is_file() else path / _model_file(path, manifest, spec)
+    progress(40, f"loading {manifest.size_bytes} bytes")
+    before = psutil.Process().memory_info().rss
+    engine = onnx_engine.load(model, options)
+    grown = max(0, psutil.Process().memory_info().rss - before)
+    if spec is not None:
+        _check_claims(path, spec, engine)
+    progress(100, "loaded")
+    return Opened(engine, manifest.digest, path, spec, grown)
+
+
+def _verified(path: Path, expected_digest: str) -> tuple[Manifest, ModelSpec | None]:
+    if not path.exists():
+        raise NotFound(
+            f"artifact_uri: {path}: no such file or folder",
+            reason="ARTIFACT_MISSING",
+            field="artifact_uri",
+            metadata={"path": str(path)},
+        )
+    try:
+        if path.is_file():
+            return _bare(path, expected_digest), None
+        manifest = artifacts.verify(path, expected_digest)
+        spec = artifacts.read_spec(path) if (path / artifacts.SPEC_FILE).exists() else None
+        return manifest, spec
+    except DataLoss as error:
+        raise FailedPrecondition(error.message, reason=error.reason, field="digest", metadata=error.metadata) from None
+    except (NotFound, InvalidArgument) as error:
+        raise FailedPrecondition(
+            error.message, reason="INVALID_ARTIFACT", field="artifact_uri", metadata=error.metadata
+        ) from None
+
+
+def _bare(path: Path, expected_digest: str) -> Manifest:
+    size_bytes, digest = artifacts.hash_file(path)
+    manifest = Manifest((FileEntry("model.onnx", size_bytes, digest),))
+    if expected_digest and manifest.digest != expected_digest:
+        raise DataLoss(
+            f"{path}: digest is {manifest.digest}, expected {expected_digest}",
+            metadata={"path": str(path), "digest": manifest.digest, "expected": expected_digest},
+        )
+    return manifest
+
+
+def _model_file(folder: Path, manifest: Manifest, spec: ModelSpec | None) -> str:
+    file = spec.file if spec is not None else "model.onnx"
+    if file not in {entry.path for entry in manifest.files}:
+        raise FailedPrecondition(
+            f"{folder}: {file} is not in the manifest",
+            reason="INVALID_ARTIFACT",
+            field="artifact_uri",
+            metadata={"path": str(folder), "file": file},
+        )
+    return file
+
+
+def _check_claims(path: Path, spec: ModelSpec, engine: Engine) -> None:
+    """model.toml says what a client may rely on, so the graph must agree with it."""
+    for part, claimed, actual in (
+        ("inputs", spec.inputs, engine.signature.inputs),
+        ("outputs", spec.outputs, engine.signature.outputs),
+    ):
+        difference = tensors_differ(claimed, actual)
+        if difference:
+            raise FailedPrecondition(
+                f"{path}: model.toml and the graph disagree on {part}: {difference}",
+                reason="SIGNATURE_MISMATCH",
+                metadata={"path": str(path), "part": part},
+            )
+
+
+def tensors_differ(left: Sequence[TensorSpec], right: Sequence[TensorSpec]) -> str:
+    """The first difference between two sets of tensors, as a sentence; empty when they are the same. Order does not matter."""
+    theirs = {spec.name: spec for spec in right}
+    for spec in left:
+        other = theirs.pop(spec.name, None)
+        if other is None:
+            return f"{spec.name!r} is missing on one side"
+        if other != spec:
+            return f"{spec.name!r} is {spec.datatype} {list(spec.shape)} against {other.datatype} {list(other.shape)}"
+    return f"{next(iter(theirs))!r} is missing on one side" if theirs else ""
+
+
+def check_compatible(stable: Signature, candidate: Signature, stable_name: str) -> None:
+    """A candidate must take and give what the served version does. Raises FailedPrecondition `SIGNATURE_MISMATCH`."""
+    for part, left, right in (
+        ("inputs", stable.inputs, candidate.inputs),
+        ("outputs", stable.outputs, candidate.outputs),
+    ):
+        difference = tensors_differ(left, right)
+        if difference:
+            raise FailedPrecondition(
+                f"{part} differ from those of {stable_name}, which is served: {difference}",
+                reason="SIGNATURE_MISMATCH",
+                field="compatible_with",
+                metadata={"stable": stable_name, "part": part},
+            )
+
+
+def describe(error: InterlockError) -> str:
+    """How a slot keeps the reason of its failure: `REASON: message`."""
+    return f"{error.reason}: {error.message}"

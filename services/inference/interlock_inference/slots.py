@@ -1,0 +1,338 @@
+"""Slots, handles, and the registry that a request is admitted by. One event loop owns all of it; nothing here waits but `drain`.
+
+Rules of this file
+- The registry's snapshot is immutable and replaced by one reference assignment: a request sees the old route or the new one, never a mix.
+- A request takes a handle (slot, epoch) at admission and keeps it to its end, whatever happens to the route meanwhile.
+- A slot's engine is closed after the last handle is given back, and not before.
+- `TRANSITIONS` is the whole life of a slot; anything else raises IllegalTransition and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from types import MappingProxyType
+
+from interlock.core.names import version_name
+from interlock.core.ports import Clock
+from interlock.core.route import Picker, Route
+from interlock.errors import IllegalTransition, NotFound, Unavailable
+from interlock.stores.artifacts import TensorSpec
+from interlock_inference.repository import Opened
+from interlock_inference.stats import VersionStats
+
+RETRY_SECONDS = 0.1
+
+
+class SlotState(StrEnum):
+    """Where a slot is in its life."""
+
+    INITIALIZING = "initializing"
+    WARMING_UP = "warming_up"
+    READY = "ready"
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+_S = SlotState
+TRANSITIONS: Mapping[SlotState, frozenset[SlotState]] = {
+    _S.INITIALIZING: frozenset({_S.WARMING_UP, _S.STOPPED}),
+    _S.WARMING_UP: frozenset({_S.READY, _S.STOPPED}),
+    _S.READY: frozenset({_S.SERVING, _S.DRAINING, _S.STOPPED}),
+    _S.SERVING: frozenset({_S.DRAINING}),
+    # back to serving: a revert during the drain; back to ready: parked for an instant return
+    _S.DRAINING: frozenset({_S.SERVING, _S.READY, _S.STOPPED}),
+    _S.STOPPED: frozenset(),
+}
+ANSWERS = frozenset({_S.READY, _S.SERVING})
+"""States in which a slot takes requests: a ready one only those that name its version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a version came from; empty and zero for an artifact registered by hand."""
+
+    run: str = ""
+    checkpoint: str = ""
+    step: int = 0
+    attempt: int = 0
+    checkpoint_digest: str = ""
+
+
+class Handle:
+    """One request's hold on a slot. `abort`, when set, makes the waiting request fail at once; the work behind it still ends by itself."""
+
+    __slots__ = ("abort", "cut", "epoch", "request_id", "slot")
+
+    def __init__(self, slot: Slot, epoch: int, request_id: str) -> None:
+        self.slot = slot
+        self.epoch = epoch
+        self.request_id = request_id
+        self.cut = False
+        self.abort: asyncio.Future[None] | None = None
+
+    def release(self) -> None:
+        """Gives the slot back. Exactly once."""
+        self.slot.give_back(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """How a drain ended: requests that finished in it, and those that were cut at its deadline."""
+
+    num_drained: int
+    cut_request_ids: tuple[str, ...]
+    num_cut: int
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One loaded version. `opened` is None before the load ended and after the slot stopped."""
+
+    model: str
+    version: str
+    artifact_uri: str
+    origin: Origin
+    digest: str = ""
+    state: SlotState = SlotState.INITIALIZING
+    opened: Opened | None = None
+    warmup_seconds: float = 0.0
+    warmup_elements: int = 1
+    error: str = ""
+    parked: bool = False
+    stats: VersionStats = field(default_factory=VersionStats)
+    handles: set[Handle] = field(default_factory=set)
+    specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    output_names: tuple[str, ...] = ()
+    output_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    _empty: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        """`models/{model}/versions/{version}`."""
+        return version_name(self.model, self.version)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that hold the slot now."""
+        return len(self.handles)
+
+    @property
+    def step(self) -> int:
+        """The training step the version came from; 0 when unknown."""
+        if self.origin.step or self.opened is None or self.opened.spec is None:
+            return self.origin.step
+        return self.opened.spec.step
+
+    def move(self, to: SlotState) -> None:
+        """Changes the state; staying is not a change.
+
+        Raises:
+            IllegalTransition: the table has no such arrow.
+        """
+        if to is self.state:
+            return
+        if to not in TRANSITIONS[self.state]:
+            raise IllegalTransition(
+                f"{self.name} is {self.state} and can't become {to}",
+                metadata={"version": self.name, "state": self.state, "to": to},
+            )
+        self.state = to
+        if to is SlotState.STOPPED:
+            self._close_when_empty()
+
+    def loaded(self, opened: Opened) -> None:
+        """Takes the engine and waits for its warm-up."""
+        signature = opened.engine.signature
+        self.opened, self.digest = opened, opened.digest
+        self.specs = {spec.name: spec for spec in signature.inputs}
+        self.output_specs = {spec.name: spec for spec in signature.outputs}
+        self.output_names = tuple(self.output_specs)
+        self.move(SlotState.WARMING_UP)
+
+    def fail(self, reason: str) -> None:
+        """Ends a load or a warm-up that went wrong."""
+        self.error = reason
+        self.move(SlotState.STOPPED)
+
+    def take(self, epoch: int, request_id: str) -> Handle:
+        """A handle for one request."""
+        handle = Handle(self, epoch, request_id)
+        self.handles.add(handle)
+        return handle
+
+    def give_back(self, handle: Handle) -> None:
+        """Ends one hold; closes a stopped slot's engine with the last."""
+        self.handles.remove(handle)
+        if not self.handles:
+            self._empty.set()
+            if self.state is SlotState.STOPPED:
+                self._close_when_empty()
+
+    def _close_when_empty(self) -> None:
+        if not self.handles and self.opened is not None:
+            opened, self.opened = self.opened, None
+            opened.engine.close()
+
+    async def drain(self, clock: Clock, timeout_seconds: float) -> Drained:
+        """Waits until nobody holds the slot, at most `timeout_seconds`; then cuts what is left.
+
+        A cut request is answered UNAVAILABLE at once; its engine run ends by itself, and only then may the engine be closed.
+        """
+        at_start = len(self.handles)
+        if self.handles:
+            await self._until_empty(clock, timeout_seconds)
+        left = [handle for handle in self.handles if not handle.cut]
+        for handle in left:
+            handle.cut = True
+            if handle.abort is not None and not handle.abort.done():
+                handle.abort.set_exception(_drained_away(self.name))
+        return Drained(max(0, at_start - len(left)), tuple(handle.request_id for handle in left[:100]), len(left))
+
+    async def _until_empty(self, clock: Clock, timeout_seconds: float) -> None:
+        self._empty.clear()
+        async with asyncio.TaskGroup() as group:
+            timer = group.create_task(clock.sleep(timeout_seconds))
+            waiter = group.create_task(self._empty.wait())
+            await asyncio.wait((timer, waiter), return_when=asyncio.FIRST_COMPLETED)
+            timer.cancel()
+            waiter.cancel()
+
+
+def _drained_away(name: str) -> Unavailable:
+    return Unavailable(
+        f"{name} was drained before this request ended; send it again",
+        reason="DRAINING",
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+class ModelRoute:
+    """A route as the data plane uses it: the split, the picker, and the slots it names. Never changed once made."""
+
+    __slots__ = ("picker", "route", "slots")
+
+    def __init__(self, route: Route, slots: Mapping[str, Slot]) -> None:
+        self.route = route
+        self.picker = Picker(route.weights)
+        self.slots = {version: slots[version] for version in route.versions()}
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything admission may look at."""
+
+    routes: Mapping[str, ModelRoute] = field(default_factory=lambda: MappingProxyType({}))
+    slots: Mapping[str, Mapping[str, Slot]] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Registry:
+    """Admits requests by the current snapshot. Writers replace the snapshot; readers never see it half made."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot()
+
+    def admit(self, model: str, version: str, request_id: str) -> Handle:
+        """A handle on the version that the route picks, or on the one named.
+
+        Raises:
+            NotFound: `MODEL_NOT_FOUND`, `VERSION_NOT_FOUND`.
+            Unavailable: `MODEL_NOT_READY`, `DRAINING`; worth trying again.
+        """
+        snapshot = self.snapshot
+        current = snapshot.routes.get(model)
+        if version:
+            return self._named(snapshot, model, version).take(current.route.epoch if current else 0, request_id)
+        picked = current.picker.pick() if current is not None else None
+        if current is None or picked is None:
+            raise self._not_routed(snapshot, model)
+        return current.slots[picked].take(current.route.epoch, request_id)
+
+    def _named(self, snapshot: Snapshot, model: str, version: str) -> Slot:
+        slot = self.find(model, version, snapshot)
+        if slot.state is SlotState.DRAINING:
+            raise Unavailable(
+                f"{slot.name} is draining; name no version to follow the route",
+                reason="DRAINING",
+                retry_after_seconds=RETRY_SECONDS,
+            )
+        if slot.state not in ANSWERS:
+            raise Unavailable(
+                f"{slot.name} is {slot.state}",
+                reason="MODEL_NOT_READY",
+                retry_after_seconds=RETRY_SECONDS,
+                metadata={"state": slot.state},
+            )
+        return slot
+
+    def _not_routed(self, snapshot: Snapshot, model: str) -> NotFound | Unavailable:
+        if model not in snapshot.slots and model not in snapshot.routes:
+            return model_not_found(model)
+        return Unavailable(
+            f"model {model!r} is loaded and no version of it is routed",
+            reason="MODEL_NOT_READY",
+            retry_after_seconds=RETRY_SECONDS,
+        )
+
+    def find(self, model: str, version: str, snapshot: Snapshot | None = None) -> Slot:
+        """The slot of a version, stopped ones not counted. Raises NotFound."""
+        slots = (snapshot or self.snapshot).slots.get(model)
+        if slots is None:
+            raise model_not_found(model)
+        if version not in slots:
+            raise NotFound(
+                f"model {model!r} has no version {version[:80]!r} loaded here; loaded: {', '.join(slots)}",
+                reason="VERSION_NOT_FOUND",
+                metadata={"model": model, "version": version[:80]},
+            )
+        return slots[version]
+
+    def all_slots(self) -> list[Slot]:
+        """Every slot, in the order of loading per model."""
+        return [slot for slots in self.snapshot.slots.values() for slot in slots.values()]
+
+    def put(self, slot: Slot) -> None:
+        """Adds or replaces the slot of a version."""
+        slots = {model: dict(versions) for model, versions in self.snapshot.slots.items()}
+        slots.setdefault(slot.model, {})[slot.version] = slot
+        self.snapshot = replace(self.snapshot, slots=_frozen(slots))
+
+    def drop(self, slot: Slot) -> None:
+        """Forgets a slot, and the model with its last one unless a route still names the model."""
+        slots = {
+            model: {v: s for v, s in versions.items() if s is not slot}
+            for model, versions in self.snapshot.slots.items()
+        }
+        self.snapshot = replace(
+            self.snapshot, slots=_frozen({model: versions for model, versions in slots.items() if versions})
+        )
+
+    def switch(self, route: Route) -> list[Slot]:
+        """Puts a route in force, by one reference assignment; returns the slots that left it.
+
+        Every version of the route must have a slot that answers or drains: the caller checked.
+        """
+        before = self.snapshot.routes.get(route.model)
+        made = ModelRoute(route, self.snapshot.slots.get(route.model, {}))
+        for slot in made.slots.values():
+            slot.move(SlotState.SERVING)
+            slot.parked = False
+        self.snapshot = replace(self.snapshot, routes=MappingProxyType({**self.snapshot.routes, route.model: made}))
+        left = [slot for version, slot in before.slots.items() if version not in made.slots] if before else []
+        for slot in left:
+            slot.move(SlotState.DRAINING)
+        return left
+
+
+def _frozen(slots: Mapping[str, Mapping[str, Slot]]) -> Mapping[str, Mapping[str, Slot]]:
+    return MappingProxyType({model: MappingProxyType(dict(versions)) for model, versions in slots.items()})
+
+
+def model_not_found(model: str) -> NotFound:
+    """The refusal of a model that this replica does not have."""
+    return NotFound(
+        f"model {model[:80]!r} is not loaded on this replica", reason="MODEL_NOT_FOUND", metadata={"model": model[:80]}
+    )
