@@ -18,7 +18,7 @@ from interlock_inference.engines import onnx as onnx_engine
 from interlock_inference.engines.onnx import OnnxOptions
 from interlock_inference.tensors import NUMPY_TYPES
 
-OPTIONS = OnnxOptions(providers="cpu")
+OPTIONS = OnnxOptions()
 
 
 def load(folder: Path, body: bytes) -> Engine:
@@ -95,10 +95,12 @@ def test_external_data_inside_the_folder_loads(tmp_path: Path) -> None:
 def test_a_provider_that_is_demanded_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(onnx_models.constant(1.0))
     with pytest.raises(FailedPrecondition, match="CUDAExecutionProvider") as refused:
-        onnx_engine.load(tmp_path / "model.onnx", OnnxOptions(providers="cuda"))
+        onnx_engine.load(tmp_path / "model.onnx", OnnxOptions(("CUDAExecutionProvider",)))
     assert refused.value.reason == "PROVIDER_UNAVAILABLE"
+    fallback = OnnxOptions(("CUDAExecutionProvider", "CPUExecutionProvider"))
+    assert onnx_engine.load(tmp_path / "model.onnx", fallback).providers == ("CPUExecutionProvider",)
     with pytest.raises(ValueError, match="providers"):
-        OnnxOptions(providers="gpu")
+        OnnxOptions(("gpu",))
 
 
 def test_runs_that_go_wrong(tmp_path: Path) -> None:

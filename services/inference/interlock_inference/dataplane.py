@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -104,7 +104,7 @@ class DataPlane:
             decoded = time.perf_counter_ns()
             if self._is_short(slot, inputs):
                 began = decoded
-                outputs = _run(slot, inputs, names)
+                outputs = run_now(slot, inputs, names)
             else:
                 mine = False
                 began, outputs = await self._in_thread(handle, inputs, names, call.deadline)
@@ -121,8 +121,11 @@ class DataPlane:
         return Reply(slot, handle.epoch, names, outputs)
 
     def _is_short(self, slot: Slot, inputs: Mapping[str, Array]) -> bool:
+        warmup = slot.warmup
+        if warmup is None:
+            return False
         elements = sum(array.size for array in inputs.values())
-        return slot.warmup_seconds * max(1.0, elements / slot.warmup_elements) < INLINE_SECONDS
+        return warmup.best_seconds * max(1.0, elements / warmup.best_elements) < INLINE_SECONDS
 
     async def _in_thread(
         self, handle: Handle, inputs: dict[str, Array], names: Sequence[str], deadline: float | None
@@ -204,7 +207,8 @@ def _check_deadline(deadline: float | None) -> None:
         raise DeadlineExceeded("the deadline passed before the model ran", reason="DEADLINE_EXPIRED")
 
 
-def _run(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+def run_now(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+    """Runs a held slot's engine in this thread."""
     assert slot.opened is not None, "a held slot keeps its engine"
     return slot.opened.engine.run(inputs, names)
 
@@ -214,9 +218,4 @@ def _run_late(
 ) -> tuple[int, list[Array]]:
     """In a worker thread: when the run began, and its outputs."""
     _check_deadline(deadline)
-    return time.perf_counter_ns(), _run(slot, inputs, names)
-
-
-Runner = Callable[[Slot, Mapping[str, Array], Sequence[str]], list[Array]]
-run_now: Runner = _run
-"""A run outside of any request, for warm-up and comparison; blocks."""
+    return time.perf_counter_ns(), run_now(slot, inputs, names)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import psutil
 
-from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
+from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound, ResourceExhausted
 from interlock.stores import artifacts
 from interlock.stores.artifacts import FileEntry, Manifest, ModelSpec, TensorSpec
 from interlock_inference.engines import Engine, Signature
 from interlock_inference.engines import onnx as onnx_engine
 from interlock_inference.engines.onnx import OnnxOptions
+
+LOAD_FACTOR = 2  # while a session is built, the file's initialisers and the session's own copies stand side by side
 
 Progress = Callable[[float, str], None]
 """Called with percent and what is being done; from the thread that opens."""
@@ -52,12 +54,14 @@ def open_artifact(path: Path, expected_digest: str, options: OnnxOptions, progre
 
     Raises:
         NotFound: `ARTIFACT_MISSING`.
+        ResourceExhausted: `DOES_NOT_FIT`.
         FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `SIGNATURE_MISMATCH`, `SIGNATURE_MISSING`, `PROVIDER_UNAVAILABLE`.
         InvalidArgument: `PATH_OUTSIDE_FOLDER`.
     """
     progress(5, f"verifying {path.name}")
     manifest, spec = _verified(path, expected_digest)
     model = path if path.is_file() else path / _model_file(path, manifest, spec)
+    _check_fits(path, manifest.size_bytes)
     progress(40, f"loading {manifest.size_bytes} bytes")
     before = psutil.Process().memory_info().rss
     engine = onnx_engine.load(model, options)
@@ -66,6 +70,16 @@ def open_artifact(path: Path, expected_digest: str, options: OnnxOptions, progre
         _check_claims(path, spec, engine)
     progress(100, "loaded")
     return Opened(engine, manifest.digest, path, spec, grown)
+
+
+def _check_fits(path: Path, size_bytes: int) -> None:
+    available_bytes = psutil.virtual_memory().available
+    if size_bytes * LOAD_FACTOR > available_bytes:
+        raise ResourceExhausted(
+            f"{path} has {size_bytes} bytes and needs about {LOAD_FACTOR} times as much to load; {available_bytes} bytes of memory are available",
+            reason="DOES_NOT_FIT",
+            metadata={"size_bytes": str(size_bytes), "available_bytes": str(available_bytes)},
+        )
 
 
 def _verified(path: Path, expected_digest: str) -> tuple[Manifest, ModelSpec | None]:

@@ -88,6 +88,22 @@ class Drained:
     num_cut: int
 
 
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """How the warm-up went.
+
+    Attributes:
+        best_seconds: the fastest run, and `best_elements` the input elements it had: what a run costs when nothing else disturbs.
+    """
+
+    iterations: int
+    num_recorded: int
+    first_ms: float
+    median_ms: float
+    best_seconds: float
+    best_elements: int
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One loaded version. `opened` is None before the load ended and after the slot stopped."""
@@ -99,8 +115,7 @@ class Slot:
     digest: str = ""
     state: SlotState = SlotState.INITIALIZING
     opened: Opened | None = None
-    warmup_seconds: float = 0.0
-    warmup_elements: int = 1
+    warmup: Warmup | None = None
     error: str = ""
     parked: bool = False
     stats: VersionStats = field(default_factory=VersionStats)
@@ -178,13 +193,15 @@ class Slot:
             opened.engine.close()
 
     async def drain(self, clock: Clock, timeout_seconds: float) -> Drained:
-        """Waits until nobody holds the slot, at most `timeout_seconds`; then cuts what is left.
+        """Waits until nobody holds the slot, at most `timeout_seconds`; then cuts what is left, unless the slot was routed again meanwhile.
 
         A cut request is answered UNAVAILABLE at once; its engine run ends by itself, and only then may the engine be closed.
         """
         at_start = len(self.handles)
         if self.handles:
             await self._until_empty(clock, timeout_seconds)
+        if self.state is not SlotState.DRAINING:
+            return Drained(at_start - min(at_start, len(self.handles)), (), 0)  # routed again meanwhile: a revert
         left = [handle for handle in self.handles if not handle.cut]
         for handle in left:
             handle.cut = True
@@ -278,7 +295,7 @@ class Registry:
         )
 
     def find(self, model: str, version: str, snapshot: Snapshot | None = None) -> Slot:
-        """The slot of a version, stopped ones not counted. Raises NotFound."""
+        """The slot of a version, in whatever state. Raises NotFound."""
         slots = (snapshot or self.snapshot).slots.get(model)
         if slots is None:
             raise model_not_found(model)

@@ -140,7 +140,7 @@ def write_manifest(folder: Path, metadata: Mapping[str, Any] | None = None) -> M
         "files": [{"path": f.path, "size_bytes": f.size_bytes, "blake3": f.blake3} for f in manifest.files],
         "metadata": dict(manifest.metadata),
     }
-    _write_durably(folder / MANIFEST_FILE, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+    write_durably(folder / MANIFEST_FILE, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
     return manifest
 
 
@@ -303,7 +303,7 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
     for key, table in (("source", spec.source), ("export", spec.export)):
         if table:
             lines += ["", f"[{key}]", *(f"{_toml(str(k))} = {_toml(v)}" for k, v in table.items())]
-    _write_durably(folder / SPEC_FILE, ("\n".join(lines) + "\n").encode())
+    write_durably(folder / SPEC_FILE, ("\n".join(lines) + "\n").encode())
 
 
 def _toml(value: str | float | bool) -> str:
@@ -312,7 +312,8 @@ def _toml(value: str | float | bool) -> str:
     return json.dumps(value, ensure_ascii=True)
 
 
-def _write_durably(path: Path, body: bytes) -> None:
+def write_durably(path: Path, body: bytes) -> None:
+    """Replaces a file whole: write aside, fsync, rename, fsync the folder. After a crash it is the old one or the new one."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(body)

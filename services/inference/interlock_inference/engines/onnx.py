@@ -39,11 +39,7 @@ DATATYPES = {
     "tensor(string)": "BYTES",
 }
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-_PROVIDERS = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
-}
+_CPU = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +47,20 @@ class OnnxOptions:
     """How sessions are built.
 
     Attributes:
-        providers: `auto` takes CUDA when a session really gets it, else the CPU; any other policy must be met or the load fails.
+        providers: execution providers, best first. Those that this build or machine lacks are passed over; if none is left, the load fails.
         num_threads: intra-op threads of a session. They don't spin: a replica shares its cores with its own event loop.
     """
 
-    providers: str = "auto"
+    providers: tuple[str, ...] = (_CPU,)
     num_threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.providers not in ("auto", *_PROVIDERS):
-            raise ValueError(f"providers: {self.providers!r} is not one of auto, {', '.join(_PROVIDERS)}")
-        if self.num_threads < 1:
-            raise ValueError(f"num_threads: {self.num_threads} is below 1")
+        known = ort.get_all_providers()
+        for name in self.providers:
+            if name not in known:
+                raise ValueError(f"providers: {name!r} is not one of {', '.join(known)}")
+        if not self.providers or self.num_threads < 1:
+            raise ValueError("providers and num_threads: at least one of each is needed")
 
 
 def load(path: Path, options: OnnxOptions) -> Engine:
@@ -75,8 +73,11 @@ def load(path: Path, options: OnnxOptions) -> Engine:
     """
     if not path.is_file():
         raise NotFound(f"{path}: no such model file", reason="ARTIFACT_MISSING", metadata={"path": str(path)})
+    available = ort.get_available_providers()
+    wanted = [name for name in options.providers if name in available]
+    _check_providers(options.providers, wanted)
     try:
-        session = ort.InferenceSession(str(path), _session_options(options), providers=_wanted(options.providers))
+        session = ort.InferenceSession(str(path), _session_options(options), providers=wanted)
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base but Exception; all mean that this file can't be served
         raise _load_error(path, error) from None
     _check_providers(options.providers, session.get_providers())
@@ -92,18 +93,14 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     return made
 
 
-def _wanted(policy: str) -> list[str]:
-    available = ort.get_available_providers()
-    return [name for name in _PROVIDERS["cuda" if policy == "auto" else policy] if name in available]
-
-
-def _check_providers(policy: str, actual: Sequence[str]) -> None:
-    if policy == "auto" or _PROVIDERS[policy][0] in actual:
+def _check_providers(wanted: Sequence[str], actual: Sequence[str]) -> None:
+    """A session falls back to the CPU by itself; where the CPU is not on the list, that is a failure and not a fallback."""
+    if set(wanted) & set(actual):
         return
     raise FailedPrecondition(
-        f"providers policy {policy!r} needs {_PROVIDERS[policy][0]}, the session got {', '.join(actual)}; install onnxruntime-gpu or set it to auto",
+        f"none of the providers {', '.join(wanted)} works here, the session got {', '.join(actual)}; install onnxruntime-gpu or add {_CPU}",
         reason="PROVIDER_UNAVAILABLE",
-        metadata={"policy": policy, "actual": ",".join(actual)},
+        metadata={"wanted": ",".join(wanted), "actual": ",".join(actual)},
     )
 
 

@@ -1,0 +1,505 @@
+"""What a controller may do with this replica: prepare, warm, compare, apply a route, drain, park, release. No gRPC here.
+
+Rules of this file
+- Every command may come twice, late, or from a controller that has lost its lease: the fence refuses the last, the rest is idempotent.
+- A load belongs to the replica, not to the call that asked for it: a caller that goes away neither stops nor repeats it.
+- A route is written down before it comes into force; after a crash the replica loads and serves it again by itself.
+- Nothing here can take the serving version away but a route that names another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TypeVar
+
+import structlog
+
+from interlock.core.ports import Clock
+from interlock.core.route import Route, admit, stale_epoch
+from interlock.errors import AlreadyExists, FailedPrecondition, InterlockError, Internal, NotFound
+from interlock_inference import compare, repository
+from interlock_inference.assignment import Assigned, AssignedModel, Assignment, AssignmentFile
+from interlock_inference.changed import Changed
+from interlock_inference.compare import Comparison
+from interlock_inference.dataplane import run_now
+from interlock_inference.engines import Array, made_up_inputs
+from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.recorder import Recorder
+from interlock_inference.repository import Opened
+from interlock_inference.slots import Drained, Origin, Registry, Slot, SlotState, Warmup
+
+COMPARE_SAMPLES = 64
+LOADER_NICENESS = 10  # a load must not hurt the tail of what serves
+MADE_UP_ROWS = 8
+_ROUTABLE = frozenset({SlotState.READY, SlotState.SERVING, SlotState.DRAINING})
+_LOADED = _ROUTABLE | {SlotState.WARMING_UP}
+_T = TypeVar("_T")
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A version to load."""
+
+    model: str
+    version: str
+    artifact_uri: str
+    digest: str = ""
+    compatible_with: tuple[str, str] | None = None
+    origin: Origin = field(default_factory=Origin)
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A load under way, or just ended."""
+
+    slot: Slot
+    percent: float = 0.0
+    message: str = "queued"
+    error: InterlockError | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The route in force, how long it took to get there, and what was in flight on the versions that left it."""
+
+    assigned: AssignedModel
+    switch_seconds: float
+    num_in_flight: int
+
+
+class Replica:
+    """The slots and routes of one inference process, as a controller sees them.
+
+    Args:
+        tasks: loads run in it; it must outlive every call.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        recorder: Recorder,
+        file: AssignmentFile,
+        clock: Clock,
+        tasks: asyncio.TaskGroup,
+        *,
+        options: OnnxOptions,
+        warmup_iterations: int,
+        failpoint: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.changed = Changed()
+        self._registry = registry
+        self._recorder = recorder
+        self._file = file
+        self._clock = clock
+        self._tasks = tasks
+        self._options = options
+        self._warmup_iterations = warmup_iterations
+        self._failpoint = failpoint
+        self._assignment = Assignment()
+        self._lock = asyncio.Lock()  # one change of routes and slots at a time
+        self._loads: dict[tuple[str, str], Load] = {}
+        niceness = (
+            LOADER_NICENESS if options.num_threads == 1 else 0
+        )  # a session's own threads would stay nice for ever
+        self._loader = ThreadPoolExecutor(1, "load", initializer=_be_nice, initargs=(niceness,))
+        self._bench = ThreadPoolExecutor(1, "warm")
+
+    @property
+    def fencing_token(self) -> int:
+        """The highest token seen."""
+        return self._assignment.fencing_token
+
+    def slots(self) -> list[Slot]:
+        """Every slot, failed ones included until they are released or tried again."""
+        return self._registry.all_slots()
+
+    def routes(self) -> list[AssignedModel]:
+        """The routes in force."""
+        in_force = self._registry.snapshot.routes
+        return [assigned for model, assigned in self._assignment.models.items() if model in in_force]
+
+    def close(self) -> None:
+        """Ends the threads after what they do now."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._bench.shutdown(wait=False, cancel_futures=True)
+
+    # --- fence and assignment ---
+
+    async def obey(self, token: int) -> None:
+        """Lets a command with this fencing token pass, and remembers the token.
+
+        Raises:
+            Aborted: `STALE_CONTROLLER`.
+        """
+        admit("", epoch=0, token=token, seen_epoch=0, seen_token=self.fencing_token)
+        if token > self.fencing_token:
+            await self._remember(replace(self._assignment, fencing_token=token))
+
+    async def _remember(self, assignment: Assignment) -> None:
+        await asyncio.to_thread(self._file.write, assignment)
+        self._assignment = assignment
+
+    async def restore(self) -> None:
+        """Loads, warms and routes what was assigned before the process ended. A version that fails is left out; nothing is raised for it."""
+        last = await asyncio.to_thread(self._file.read)
+        self._assignment = replace(last, fencing_token=max(last.fencing_token, self.fencing_token))
+        for model, assigned in last.models.items():
+            try:
+                await self._restore_model(model, assigned)
+            except InterlockError as error:
+                _log.error(
+                    "restore_failed",
+                    model=model,
+                    epoch=assigned.route.epoch,
+                    reason=error.reason,
+                    problem=error.message,
+                )
+
+    async def _restore_model(self, model: str, assigned: AssignedModel) -> None:
+        for version, each in assigned.versions.items():
+            async for _ in self.prepare(Wanted(model, version, each.artifact_uri, each.digest, None, each.origin)):
+                pass
+            await self.warm(model, version, 0)
+        current = self._registry.snapshot.routes.get(model)
+        if current is None or current.route.epoch < assigned.route.epoch:
+            self._switch(assigned.route)
+            _log.info("restored", model=model, epoch=assigned.route.epoch, versions=list(assigned.versions))
+
+    # --- load ---
+
+    async def prepare(self, wanted: Wanted) -> AsyncIterator[Load]:
+        """Loads a version; yields its progress, the last time when it is loaded.
+
+        Raises:
+            AlreadyExists: `VERSION_CONFLICT`: loaded already, from other bytes.
+            NotFound, FailedPrecondition, InvalidArgument, ResourceExhausted: see `repository.open_artifact`.
+        """
+        load = self._loads.get((wanted.model, wanted.version))
+        if load is None or load.slot.state is SlotState.STOPPED:
+            load = self._begin(wanted)
+        elif wanted.digest and load.slot.digest and load.slot.digest != wanted.digest:
+            raise AlreadyExists(
+                f"{load.slot.name} is loaded with {load.slot.digest}, asked for {wanted.digest}; release it first",
+                reason="VERSION_CONFLICT",
+                field="digest",
+                metadata={"digest": load.slot.digest, "expected": wanted.digest},
+            )
+        while True:
+            changed = self.changed.next()
+            if load.error is not None:
+                raise load.error
+            yield load
+            if load.done:
+                return
+            await changed.wait()
+
+    def _begin(self, wanted: Wanted) -> Load:
+        path = repository.parse_uri(wanted.artifact_uri)
+        slot = Slot(wanted.model, wanted.version, str(path.absolute()), wanted.origin, wanted.digest)
+        load = self._loads[wanted.model, wanted.version] = Load(slot)
+        self._registry.put(slot)
+        self._tasks.create_task(self._load(load, wanted))
+        return load
+
+    async def _load(self, load: Load, wanted: Wanted) -> None:
+        loop = asyncio.get_running_loop()
+
+        def progress(percent: float, message: str) -> None:
+            loop.call_soon_threadsafe(self._progress, load, percent, message)
+
+        try:
+            opened = await loop.run_in_executor(self._loader, self._open, load.slot, wanted, progress)
+            self._take(load, opened, wanted)
+        except InterlockError as error:
+            self._load_failed(load, error)
+        except Exception as error:  # noqa: BLE001 - supervised edge: whatever a file does to the loader, the replica goes on serving
+            _log.error("load_crashed", version=load.slot.name, exc_info=error)
+            self._load_failed(load, Internal(f"loading {load.slot.name} failed unexpectedly", reason="LOAD_CRASHED"))
+        finally:
+            load.done = True
+            self.changed.fire()
+
+    def _open(self, slot: Slot, wanted: Wanted, progress: repository.Progress) -> Opened:
+        self._failpoint("load")
+        return repository.open_artifact(repository.parse_uri(slot.artifact_uri), wanted.digest, self._options, progress)
+
+    def _progress(self, load: Load, percent: float, message: str) -> None:
+        load.percent, load.message = percent, message
+        self.changed.fire()
+
+    def _take(self, load: Load, opened: Opened, wanted: Wanted) -> None:
+        slot = load.slot
+        try:
+            if slot.state is SlotState.STOPPED:
+                raise FailedPrecondition(f"{slot.name} was released while it was loading", reason="RELEASED")
+            if wanted.compatible_with is not None:
+                self._check_compatible(opened, wanted.compatible_with)
+        except InterlockError:
+            opened.engine.close()
+            raise
+        slot.loaded(opened)
+        load.percent, load.message = 100.0, "loaded"
+        _log.info(
+            "loaded",
+            version=slot.name,
+            digest=slot.digest,
+            memory_bytes=opened.memory_bytes,
+            providers=opened.engine.providers,
+        )
+
+    def _check_compatible(self, opened: Opened, with_: tuple[str, str]) -> None:
+        stable = self._registry.find(*with_)
+        if stable.opened is not None:
+            repository.check_compatible(stable.opened.engine.signature, opened.engine.signature, stable.name)
+
+    def _load_failed(self, load: Load, error: InterlockError) -> None:
+        load.error = error
+        if load.slot.state is not SlotState.STOPPED:
+            load.slot.fail(repository.describe(error))
+        _log.warning("load_failed", version=load.slot.name, reason=error.reason, problem=error.message)
+
+    # --- warm and compare ---
+
+    async def warm(self, model: str, version: str, iterations: int) -> tuple[Slot, Warmup]:
+        """Runs warm-up inferences on recorded requests where they fit, else on made-up inputs, and makes the slot ready.
+
+        Raises:
+            NotFound: `SLOT_UNKNOWN`.
+            FailedPrecondition: `WARMUP_FAILED`, `NOT_LOADED`.
+        """
+        slot = self._known(model, version)
+        if slot.warmup is not None and slot.state is not SlotState.WARMING_UP:
+            return slot, slot.warmup
+        samples, num_recorded = self._samples([slot], 8)
+        work = [samples[i % len(samples)] for i in range(iterations or self._warmup_iterations)]
+        try:
+            timings = await self._held((slot,), lambda: self._run_warm(slot, work))
+        except InterlockError as error:
+            slot.fail(f"WARMUP_FAILED: {error.message}")
+            self.changed.fire()
+            raise FailedPrecondition(
+                f"{slot.name}: warm-up failed: {error.message}",
+                reason="WARMUP_FAILED",
+                metadata={"cause": error.reason},
+            ) from error
+        best = min(range(len(timings)), key=timings.__getitem__)
+        slot.warmup = Warmup(
+            iterations=len(timings),
+            num_recorded=min(num_recorded, len(timings)),
+            first_ms=timings[0] * 1e3,
+            median_ms=median(timings[1:] or timings) * 1e3,
+            best_seconds=timings[best],
+            best_elements=max(1, sum(array.size for array in work[best].values())),
+        )
+        if slot.state is SlotState.WARMING_UP:
+            slot.move(SlotState.READY)
+        self.changed.fire()
+        _log.info("warmed", version=slot.name, iterations=len(timings), median_ms=round(slot.warmup.median_ms, 3))
+        return slot, slot.warmup
+
+    def _run_warm(self, slot: Slot, work: Sequence[Mapping[str, Array]]) -> list[float]:
+        timings = []
+        for inputs in work:
+            self._failpoint("warm")
+            start = time.perf_counter()
+            run_now(slot, inputs, slot.output_names)
+            timings.append(time.perf_counter() - start)
+        return timings
+
+    async def compare(self, model: str, stable: str, candidate: str, limit: int) -> tuple[Comparison, int]:
+        """Runs recorded requests, and made-up inputs where there are none, through both; with how many of them were recorded.
+
+        Raises:
+            NotFound: `SLOT_UNKNOWN`.
+            FailedPrecondition: `NOT_LOADED`.
+        """
+        left, right = self._known(model, stable), self._known(model, candidate)
+        samples, num_recorded = self._samples([left, right], limit or COMPARE_SAMPLES)
+
+        def through(slot: Slot) -> compare.Run:
+            return lambda inputs: dict(zip(slot.output_names, run_now(slot, inputs, slot.output_names), strict=True))
+
+        return await self._held(
+            (left, right), lambda: compare.compare(through(left), through(right), samples)
+        ), num_recorded
+
+    def _samples(self, slots: Sequence[Slot], limit: int) -> tuple[list[Mapping[str, Array]], int]:
+        """Recorded inputs that fit the last slot's signature; made-up ones when there are none."""
+        recorded = [
+            inputs
+            for inputs in self._recorder.samples(slots[-1].model, limit)
+            if all(_fits(slot, inputs) for slot in slots)
+        ]
+        if recorded:
+            return recorded, len(recorded)
+        opened = slots[-1].opened
+        assert opened is not None, "a loaded slot has its engine"
+        signature = opened.engine.signature
+        return [made_up_inputs(signature, rows, seed) for rows in (1, MADE_UP_ROWS) for seed in range(min(4, limit))], 0
+
+    def _known(self, model: str, version: str) -> Slot:
+        try:
+            slot = self._registry.find(model, version)
+        except NotFound as error:
+            raise NotFound(error.message, reason="SLOT_UNKNOWN", metadata=error.metadata) from None
+        if slot.state not in _LOADED:
+            raise FailedPrecondition(
+                f"{slot.name} is {slot.state}: {slot.error or 'load it first'}",
+                reason="NOT_LOADED",
+                metadata={"state": slot.state},
+            )
+        return slot
+
+    async def _held(self, slots: Iterable[Slot], work: Callable[[], _T]) -> _T:
+        """Runs `work` in a thread with a hold on the slots until the thread is done with them, whatever becomes of the caller."""
+        loop = asyncio.get_running_loop()
+        handles = [slot.take(0, "runtime") for slot in slots]
+
+        def give_back() -> None:
+            for handle in handles:
+                handle.release()
+
+        job = self._bench.submit(work)
+        job.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(give_back))
+        return await asyncio.wrap_future(job)
+
+    # --- route ---
+
+    async def apply_route(self, token: int, route: Route, stable_version: str, updated_at: float) -> Applied:
+        """Puts a route in force: written down first, then one reference assignment.
+
+        Raises:
+            Aborted: `STALE_CONTROLLER`, `STALE_EPOCH` (also for the same epoch with other weights).
+            FailedPrecondition: `VERSION_NOT_READY`.
+        """
+        start = self._clock.monotonic()
+        async with self._lock:
+            current = self._assignment.models.get(route.model)
+            news = admit(
+                route.model,
+                epoch=route.epoch,
+                token=token,
+                seen_epoch=current.route.epoch if current else 0,
+                seen_token=self.fencing_token,
+            )
+            if not news and current is not None and current.route != route:
+                raise stale_epoch(route.model, current.route.epoch, route.epoch)
+            await self.obey(token)
+            if not news and current is not None and route.model in self._registry.snapshot.routes:
+                return Applied(current, 0.0, 0)
+            assigned = AssignedModel(route, stable_version, updated_at, self._assigned(route))
+            await self._remember(replace(self._assignment, models={**self._assignment.models, route.model: assigned}))
+            self._failpoint("switch")
+            left = self._switch(route)
+        seconds = self._clock.monotonic() - start
+        num_in_flight = sum(slot.in_flight for slot in left)
+        _log.info(
+            "route_applied",
+            model=route.model,
+            epoch=route.epoch,
+            versions=route.versions(),
+            seconds=round(seconds, 6),
+            in_flight=num_in_flight,
+        )
+        return Applied(assigned, seconds, num_in_flight)
+
+    def _assigned(self, route: Route) -> dict[str, Assigned]:
+        slots = self._registry.snapshot.slots.get(route.model, {})
+        for version in route.versions():
+            state = slots[version].state if version in slots else None
+            if state not in _ROUTABLE:
+                raise FailedPrecondition(
+                    f"models/{route.model}/versions/{version} is {state or 'not loaded'}: prepare and warm it before routing to it",
+                    reason="VERSION_NOT_READY",
+                    field="route.weights",
+                    metadata={"version": version, "state": str(state or "absent")},
+                )
+        return {v: Assigned(slots[v].artifact_uri, slots[v].digest, slots[v].origin) for v in route.versions()}
+
+    def _switch(self, route: Route) -> list[Slot]:
+        left = self._registry.switch(route)
+        self.changed.fire()
+        return left
+
+    # --- drain, park, release ---
+
+    async def drain(self, model: str, version: str, timeout_seconds: float) -> Drained:
+        """Takes no new request for the version, waits for those it has, cuts what is left. An unknown version is drained already.
+
+        Raises:
+            FailedPrecondition: `VERSION_ROUTED`.
+        """
+        slot = self._unrouted(model, version)
+        if slot is None or slot.state not in (SlotState.READY, SlotState.DRAINING):
+            return Drained(0, (), 0)
+        slot.move(SlotState.DRAINING)
+        self.changed.fire()
+        self._failpoint("drain")
+        drained = await slot.drain(self._clock, timeout_seconds)
+        self.changed.fire()
+        _log.info("drained", version=slot.name, num_drained=drained.num_drained, num_cut=drained.num_cut)
+        return drained
+
+    def park(self, model: str, version: str) -> Slot:
+        """Keeps an unrouted version loaded.
+
+        Raises:
+            NotFound: `SLOT_UNKNOWN`.
+            FailedPrecondition: `VERSION_ROUTED`, `NOT_LOADED`.
+        """
+        self._unrouted(model, version)
+        slot = self._known(model, version)
+        slot.move(SlotState.READY)
+        slot.parked = True
+        self.changed.fire()
+        return slot
+
+    def release(self, model: str, version: str) -> bool:
+        """Unloads an unrouted version; its engine is closed when nothing holds it any more. False when it was not loaded.
+
+        Raises:
+            FailedPrecondition: `VERSION_ROUTED`.
+        """
+        slot = self._unrouted(model, version)
+        if slot is None:
+            return False
+        slot.move(SlotState.STOPPED)
+        self._registry.drop(slot)
+        self._loads.pop((model, version), None)
+        self.changed.fire()
+        _log.info("released", version=slot.name)
+        return True
+
+    def _unrouted(self, model: str, version: str) -> Slot | None:
+        slot = self._registry.snapshot.slots.get(model, {}).get(version)
+        if slot is not None and slot.state is SlotState.SERVING:
+            raise FailedPrecondition(
+                f"{slot.name} is routed; apply a route without it first",
+                reason="VERSION_ROUTED",
+                metadata={"version": slot.name},
+            )
+        return slot
+
+
+def _fits(slot: Slot, inputs: Mapping[str, Array]) -> bool:
+    if inputs.keys() != slot.specs.keys():
+        return False
+    specs = ((slot.specs[name], array) for name, array in inputs.items())
+    return all(
+        len(spec.shape) == array.ndim and all(w in (-1, h) for w, h in zip(spec.shape, array.shape, strict=True))
+        for spec, array in specs
+    )
+
+
+def _be_nice(niceness: int) -> None:
+    if niceness and hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
