@@ -1,0 +1,143 @@
+"""When a known-good checkpoint becomes a version. Not how: exporting, registering and swapping are the shell's.
+
+Rules of this file
+- Only GOOD checkpoints are promoted, each at most once, none whose digest or own name is quarantined.
+- The first one of a model is promoted whatever its metric; a later one must beat what serves by `improvement_min`.
+- NaN beats nothing and is beaten by nothing: a checkpoint without the metric waits.
+- A verdict says why in words; the same inputs give the same verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from math import isfinite
+
+from interlock.core.names import check_id
+from interlock.errors import InvalidArgument
+
+
+class Direction(StrEnum):
+    """Which way a metric is better."""
+
+    MAXIMIZE = "MAXIMIZE"
+    MINIMIZE = "MINIMIZE"
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionPolicy:
+    """How the good checkpoints of a run reach the traffic of a model."""
+
+    model: str
+    metric: str
+    direction: Direction = Direction.MAXIMIZE
+    improvement_min: float = 0.0
+    interval_seconds_min: float = 0.0
+
+
+def check_policy(policy: PromotionPolicy) -> PromotionPolicy:
+    """Returns the policy if it can be followed.
+
+    Raises:
+        InvalidArgument: `INVALID_POLICY`, naming the field.
+    """
+    check_id(policy.model, "promotion.model")
+    for field, holds, why in (
+        ("metric", bool(policy.metric), "is empty; name the metric that must improve, e.g. reward"),
+        (
+            "min_improvement",
+            isfinite(policy.improvement_min) and policy.improvement_min >= 0,
+            "must be a finite number, 0 or more",
+        ),
+        ("min_interval", policy.interval_seconds_min >= 0, "must be 0 s or more"),
+    ):
+        if not holds:
+            raise InvalidArgument(f"promotion.{field} {why}", reason="INVALID_POLICY", field=f"promotion.{field}")
+    return policy
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A checkpoint as the trainer tells of it. `name` is its resource name."""
+
+    name: str
+    step: int
+    good: bool
+    metrics: Mapping[str, float]
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What serves now, or is on its way to: the bar to beat."""
+
+    version: str
+    metrics: Mapping[str, float]
+    promoted_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """The checkpoint becomes the next version."""
+
+    checkpoint: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Not now. `final` tells that this checkpoint will not be looked at again."""
+
+    checkpoint: str
+    why: str
+    final: bool = False
+
+
+def judge(
+    policy: PromotionPolicy,
+    contender: Contender,
+    serving: Serving | None,
+    now: float,
+    *,
+    promoted: frozenset[str] = frozenset(),
+    quarantined: frozenset[str] = frozenset(),
+) -> Promote | Hold:
+    """The verdict on one checkpoint. `promoted` and `quarantined` hold checkpoint names and digests."""
+    name = contender.name
+    if name in promoted:
+        return Hold(name, "promoted already", final=True)
+    if {name, contender.digest} & quarantined:
+        return Hold(name, "quarantined", final=True)
+    if not contender.good:
+        return Hold(name, "not confirmed as good yet")
+    value = contender.metrics.get(policy.metric)
+    if value is None or not isfinite(value):
+        return Hold(name, f"has no finite {policy.metric}")
+    if serving is None:
+        return Promote(name, f"first version: {policy.metric} {value:g} at step {contender.step}")
+    wait = serving.promoted_at + policy.interval_seconds_min - now
+    if wait > 0:
+        return Hold(
+            name,
+            f"the last promotion was {policy.interval_seconds_min - wait:.0f} s ago, less than {policy.interval_seconds_min:g} s",
+        )
+    return _compare(policy, contender, value, serving)
+
+
+def _compare(policy: PromotionPolicy, contender: Contender, value: float, serving: Serving) -> Promote | Hold:
+    bar = serving.metrics.get(policy.metric)
+    if bar is None or not isfinite(bar):
+        return Promote(contender.name, f"version {serving.version} has no {policy.metric} to beat")
+    gain = value - bar if policy.direction is Direction.MAXIMIZE else bar - value
+    said = f"{policy.metric} {value:g} at step {contender.step} against {bar:g} of version {serving.version}"
+    if gain > 0 and gain >= policy.improvement_min:
+        return Promote(contender.name, said)
+    return Hold(contender.name, f"{said}: better by {gain:g}, wanted {policy.improvement_min:g}")
+
+
+def best(policy: PromotionPolicy, contenders: tuple[Contender, ...]) -> Contender | None:
+    """The good contender with the best metric (the youngest of equals); None when there is none."""
+    fit = [c for c in contenders if c.good and isfinite(c.metrics.get(policy.metric, float("nan")))]
+    sign = 1 if policy.direction is Direction.MAXIMIZE else -1
+    return max(fit, key=lambda c: (sign * c.metrics[policy.metric], c.step), default=None)
