@@ -1,0 +1,184 @@
+"""Swaps, models and routes as resources, with server-sent events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from google.protobuf.json_format import MessageToDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from interlock.api.controller.v1 import model_service_pb2 as model_pb
+from interlock.api.controller.v1 import swap_service_pb2 as swap_pb
+from interlock.api.types.v1 import types_pb2
+from interlock.core import names
+from interlock.runtime.access import Principal, Scope
+from interlock_gateway.upstreams import Upstreams
+from interlock_gateway.web import needs
+
+router = APIRouter(tags=["swaps"])
+ADMIN = needs(Scope.ADMIN)
+ADMIN_ONLY = [ADMIN]
+
+
+class NewSwap(BaseModel):
+    """A swap to start."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    version: str
+    concurrency: Literal["REJECT", "QUEUE", "SUPERSEDE"] = "REJECT"
+    warmup_iterations: int = Field(0, ge=0, le=1000)
+    drain_seconds: float | None = Field(None, gt=0, le=3600)
+    soak_seconds: float = Field(0.0, ge=0, le=86_400)
+    keep_warm_seconds: float = Field(0.0, ge=0, le=86_400)
+    approval_required: bool = False
+    force: bool = False
+    request_id: str = Field("", max_length=128)
+    reason: str = Field("swap over HTTP", max_length=500)
+
+
+class Steer(BaseModel):
+    """Why a swap is steered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request_id: str = Field("", max_length=128)
+    reason: str = Field("by a person over HTTP", max_length=500)
+
+
+def plain(message: Any) -> dict[str, Any]:
+    """A message as JSON with the field names of the protos, defaults included."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _upstreams(request: Request) -> Upstreams:
+    upstreams: Upstreams = request.app.state.upstreams
+    return upstreams
+
+
+def _spec(body: NewSwap) -> Any:
+    spec = swap_pb.SwapSpec(
+        candidate_version=names.version_name(body.model, body.version),
+        concurrency=swap_pb.SwapSpec.Concurrency.Value(f"CONCURRENCY_{body.concurrency}"),
+        warmup_iterations=body.warmup_iterations,
+        approval_required=body.approval_required,
+        force=body.force,
+    )
+    if body.drain_seconds is not None:
+        spec.drain_timeout.FromNanoseconds(int(body.drain_seconds * 1e9))
+    spec.soak_duration.FromNanoseconds(int(body.soak_seconds * 1e9))
+    spec.keep_warm_duration.FromNanoseconds(int(body.keep_warm_seconds * 1e9))
+    return spec
+
+
+@router.post("/swaps")
+async def create(request: Request, body: NewSwap, principal: Principal = ADMIN) -> JSONResponse:
+    """Starts a swap; 202 with the resource, whose events stand at `/swaps/{swap}/events`."""
+    up = _upstreams(request)
+    change = types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name)
+    answer = await up.call(
+        up.swaps.CreateSwap, swap_pb.CreateSwapRequest(change=change, spec=_spec(body)), actor=principal.name
+    )
+    return JSONResponse(plain(answer.swap), 202, headers={"location": f"/{answer.swap.name}"})
+
+
+@router.get("/swaps", dependencies=ADMIN_ONLY)
+async def listed(request: Request, model: str = "", page_size: int = 100) -> dict[str, Any]:
+    """Swaps, newest first."""
+    up = _upstreams(request)
+    asked = swap_pb.ListSwapsRequest(model=names.model_name(model) if model else "", page_size=page_size)
+    return plain(await up.call(up.swaps.ListSwaps, asked, idempotent=True))
+
+
+@router.get("/swaps/{swap}", dependencies=ADMIN_ONLY)
+async def one(request: Request, swap: str) -> dict[str, Any]:
+    """One swap."""
+    up = _upstreams(request)
+    return plain(
+        (await up.call(up.swaps.GetSwap, swap_pb.GetSwapRequest(name=names.swap_name(swap)), idempotent=True)).swap
+    )
+
+
+@router.get("/swaps/{swap}/receipt", dependencies=ADMIN_ONLY)
+async def receipt(request: Request, swap: str) -> dict[str, Any]:
+    """What an ended swap did."""
+    up = _upstreams(request)
+    return plain(
+        (
+            await up.call(up.swaps.GetReceipt, swap_pb.GetReceiptRequest(name=names.swap_name(swap)), idempotent=True)
+        ).receipt
+    )
+
+
+@router.get("/swaps/{swap}/events", dependencies=ADMIN_ONLY)
+async def events(request: Request, swap: str, after_revision: int = 0) -> StreamingResponse:
+    """Server-sent events: the swap now, then after every change; ends when the swap does. `id` is the revision to resume from."""
+    up = _upstreams(request)
+    last = request.headers.get("last-event-id", "")
+    asked = swap_pb.WatchSwapRequest(
+        name=names.swap_name(swap), after_revision=int(last) if last.isdigit() else after_revision
+    )
+    # One read before the stream starts, so that an unknown swap is a 404 and not a broken stream.
+    await up.call(up.swaps.GetSwap, swap_pb.GetSwapRequest(name=asked.name), idempotent=True)
+
+    async def stream() -> AsyncIterator[bytes]:
+        async for message in up.caller.stream(up.swaps.WatchSwap, asked):
+            yield sse("swap", plain(message.swap), str(message.swap.revision))
+
+    return StreamingResponse(stream(), media_type="text/event-stream")
+
+
+def sse(event: str, document: dict[str, Any], event_id: str = "") -> bytes:
+    """One server-sent event."""
+    head = f"id: {event_id}\n" if event_id else ""
+    return f"{head}event: {event}\n".encode() + b"data: " + orjson.dumps(document) + b"\n\n"
+
+
+@router.post("/swaps/{swap}/{verb}")
+async def steer(
+    request: Request,
+    swap: str,
+    verb: Literal["approve", "reject", "promote", "abort"],
+    body: Steer | None = None,
+    principal: Principal = ADMIN,
+) -> dict[str, Any]:
+    """Approves, rejects, promotes or aborts."""
+    up = _upstreams(request)
+    body = body or Steer()
+    change = types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name)
+    name = f"{verb.capitalize()}Swap"
+    message = getattr(swap_pb, f"{name}Request")(change=change, name=names.swap_name(swap))
+    return plain((await up.call(getattr(up.swaps, name), message, actor=principal.name)).swap)
+
+
+@router.get("/models", dependencies=ADMIN_ONLY)
+async def models(request: Request) -> dict[str, Any]:
+    """Every model with what serves."""
+    up = _upstreams(request)
+    return plain(await up.call(up.models.ListModels, model_pb.ListModelsRequest(), idempotent=True))
+
+
+@router.get("/models/{model}/versions", dependencies=ADMIN_ONLY)
+async def versions(request: Request, model: str) -> dict[str, Any]:
+    """A model's versions, newest first."""
+    up = _upstreams(request)
+    return plain(
+        await up.call(
+            up.models.ListVersions, model_pb.ListVersionsRequest(model=names.model_name(model)), idempotent=True
+        )
+    )
+
+
+@router.get("/models/{model}/explain", dependencies=ADMIN_ONLY)
+async def explain(request: Request, model: str, version: str = "") -> dict[str, Any]:
+    """The whole story of what serves."""
+    up = _upstreams(request)
+    asked = model_pb.ExplainRequest(
+        model=names.model_name(model), version=names.version_name(model, version) if version else ""
+    )
+    return plain(await up.call(up.models.Explain, asked, idempotent=True))
