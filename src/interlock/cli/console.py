@@ -1,0 +1,62 @@
+"""What every command shares: the connection, `--json`, and tables that stay readable in a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import click
+import orjson
+
+from interlock.client.admin import AdminClient
+from interlock.runtime import settings as settings_module
+from interlock.runtime.access import Keys
+
+
+def key_for(settings: settings_module.Settings) -> str:
+    """`INTERLOCK_API_KEY`, or the rooms' own key where this user may read it."""
+    if key := os.environ.get("INTERLOCK_API_KEY"):
+        return key
+    try:
+        return Keys(settings.home).internal_key() if (settings.home / "internal.key").exists() else ""
+    except OSError:
+        return ""
+
+
+def with_admin(work: Callable[[AdminClient], Awaitable[Any]]) -> Any:
+    """Runs `work` with a connected client."""
+    settings = settings_module.load()
+
+    async def connected() -> Any:
+        async with AdminClient(
+            settings.controller_address, trainer=settings.trainer_address, key=key_for(settings)
+        ) as admin:
+            return await work(admin)
+
+    return asyncio.run(connected())
+
+
+def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The `--json` option."""
+    return click.option("--json", "json_", is_flag=True, help="Print JSON.")(function)
+
+
+def show_json(document: Any) -> None:
+    """Prints JSON, indented."""
+    click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2, default=str).decode())
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> None:
+    """Prints columns that are as wide as their widest cell; `-` for an empty one."""
+    cells = [list(header), *[["-" if cell in (None, "") else str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for index, row in enumerate(cells):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        click.echo(click.style(line, bold=True) if index == 0 else line)
+
+
+def last(name: str) -> str:
+    """The id at the end of a resource name."""
+    return name.rsplit("/", 1)[-1]

@@ -1,0 +1,179 @@
+"""Keeps the rooms' processes alive: starts them in order, waits until each is healthy, restarts one that dies, stops them in reverse.
+
+It is not a room: it holds no port and no state, and the rooms do not know it. A room that exits because its settings are wrong (code 2)
+is not restarted: trying again would say the same thing for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from interlock.errors import InterlockError
+from interlock.runtime.channels import Caller, open_channel
+from interlock.runtime.settings import Settings
+
+MISCONFIGURED = 2
+BACKOFF_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
+STABLE_SECONDS = 30.0
+"""A process that lived this long has recovered: the next crash starts the back-off anew."""
+STOP_SECONDS = 40.0
+START_SECONDS = 60.0
+
+Say = Callable[[str, str], None]
+"""(room, what happened) for a person."""
+
+
+@dataclass(slots=True)
+class Room:
+    """One process to keep alive."""
+
+    name: str
+    module: str
+    address: str
+    is_grpc: bool = True
+    process: asyncio.subprocess.Process | None = None
+    restarts: int = 0
+    log: Path = field(default_factory=Path)
+
+
+def rooms_of(settings: Settings) -> list[Room]:
+    """The four rooms in start order: what others need comes first."""
+    gateway = settings.trainer_address.rsplit(":", 1)[0] + f":{settings.gateway.port}"
+    return [
+        Room("inference", "interlock_inference", settings.inference_address),
+        Room("controller", "interlock_controller", settings.controller_address),
+        Room("trainer", "interlock_trainer", settings.trainer_address),
+        Room("gateway", "interlock_gateway", gateway, is_grpc=False),
+    ]
+
+
+class Supervisor:
+    """Runs rooms until `stopping` is set.
+
+    Args:
+        say: told of starts, crashes and stops.
+    """
+
+    def __init__(self, settings: Settings, rooms: Sequence[Room], say: Say) -> None:
+        self._settings = settings
+        self._say = say
+        self.rooms = list(rooms)
+        self.stopping = asyncio.Event()
+        self.failed = ""
+        for room in self.rooms:
+            room.log = settings.home / "logs" / f"{room.name}.jsonl"
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Starts everything, calls `ready` once all rooms are healthy, and returns after all have ended."""
+        (self._settings.home / "logs").mkdir(parents=True, exist_ok=True)
+        async with asyncio.TaskGroup() as group:
+            keepers = []
+            for room in self.rooms:
+                keepers.append(group.create_task(self._keep(room)))
+                await self._healthy(room)
+                if self.stopping.is_set():
+                    break
+            else:
+                ready()
+            await self.stopping.wait()
+            for room in reversed(self.rooms):
+                await self._stop(room)
+            for keeper in keepers:
+                keeper.cancel()
+
+    async def _keep(self, room: Room) -> None:
+        clock = asyncio.get_running_loop().time
+        crashes = 0
+        while not self.stopping.is_set():
+            started = clock()
+            await self._start(room)
+            assert room.process is not None
+            code = await room.process.wait()
+            if self.stopping.is_set():
+                return
+            if code == MISCONFIGURED:
+                self.failed = f"{room.name} refuses its settings: {_last_line(room.log)}"
+                self.stopping.set()
+                return
+            crashes = 0 if clock() - started > STABLE_SECONDS else crashes + 1
+            delay = BACKOFF_SECONDS[min(crashes, len(BACKOFF_SECONDS) - 1)]
+            room.restarts += 1
+            self._say(room.name, f"ended with {_cause(code)}; starting again in {delay} s (log: {room.log})")
+            await asyncio.sleep(delay)
+
+    async def _start(self, room: Room) -> None:
+        with room.log.open("ab") as log:
+            room.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", room.module, stdout=log, stderr=log, stdin=asyncio.subprocess.DEVNULL, env=self._environment(),
+                start_new_session=True,  # a Ctrl-C at the terminal reaches us alone; we stop the rooms in order
+            )  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "INTERLOCK_HOME": str(self._settings.home.resolve()), "PYTHONUNBUFFERED": "1"}
+
+    async def _healthy(self, room: Room) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + START_SECONDS
+        while loop.time() < deadline and not self.stopping.is_set():
+            if await is_healthy(room):
+                self._say(room.name, f"up on {room.address}")
+                return
+            await asyncio.sleep(0.05)
+        if not self.stopping.is_set():
+            self.failed = f"{room.name} is not healthy after {START_SECONDS:.0f} s: {_last_line(room.log)}"
+            self.stopping.set()
+
+    async def _stop(self, room: Room) -> None:
+        process = room.process
+        if process is None or process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            self._say(room.name, f"did not stop in {STOP_SECONDS:.0f} s; killed")
+            process.kill()
+            await process.wait()
+
+
+async def is_healthy(room: Room) -> bool:
+    """True when the room answers: grpc.health.v1 SERVING, or an open port for the gateway."""
+    host, port = room.address.rsplit(":", 1)
+    if not room.is_grpc:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 1)
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+    async with open_channel(room.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = await Caller().unary(stub.Check, health_pb2.HealthCheckRequest(), timeout=1)
+        except InterlockError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _cause(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a room's log, for an error message."""
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return "no log"
+    return lines[-1][:500] if lines else "empty log"
