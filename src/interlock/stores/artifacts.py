@@ -131,9 +131,14 @@ def scan(folder: Path) -> tuple[FileEntry, ...]:
     return tuple(entries)
 
 
-def write_manifest(folder: Path, metadata: Mapping[str, Any] | None = None) -> Manifest:
-    """Hashes the folder's files and writes its manifest, durably: file, rename, folder. Call it last."""
-    manifest = Manifest(scan(folder), dict(metadata or {}))
+def write_manifest(
+    folder: Path, metadata: Mapping[str, Any] | None = None, files: tuple[FileEntry, ...] | None = None
+) -> Manifest:
+    """Writes the folder's manifest, durably: file, rename, folder. Call it last.
+
+    `files` spares reading them again when the caller hashed them while writing; without it they are hashed here.
+    """
+    manifest = Manifest(scan(folder) if files is None else files, dict(metadata or {}))
     body = {
         "format": FORMAT,
         "digest": manifest.digest,

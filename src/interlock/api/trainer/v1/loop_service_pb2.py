@@ -27,7 +27,7 @@ from interlock.api.trainer.v1 import metrics_service_pb2 as interlock_dot_api_do
 from interlock.api.trainer.v1 import run_service_pb2 as interlock_dot_api_dot_trainer_dot_v1_dot_run__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+interlock/api/trainer/v1/loop_service.proto\x12\x18interlock.api.trainer.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a.interlock/api/trainer/v1/metrics_service.proto\x1a*interlock/api/trainer/v1/run_service.proto\"\x87\x04\n\rAttachRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.interlock.api.trainer.v1.HelloH\x00\x12\x34\n\x05steps\x18\x02 \x01(\x0b\x32#.interlock.api.trainer.v1.StepBatchH\x00\x12\x45\n\x10\x63heckpoint_saved\x18\x03 \x01(\x0b\x32).interlock.api.trainer.v1.CheckpointSavedH\x00\x12=\n\x0corder_result\x18\x04 \x01(\x0b\x32%.interlock.api.trainer.v1.OrderResultH\x00\x12\x34\n\x07goodbye\x18\x05 \x01(\x0b\x32!.interlock.api.trainer.v1.GoodbyeH\x00\x12\x36\n\x08rollback\x18\x06 \x01(\x0b\x32\".interlock.api.trainer.v1.RollbackH\x00\x12I\n\x12\x63heckpoint_changed\x18\x07 \x01(\x0b\x32+.interlock.api.trainer.v1.CheckpointChangedH\x00\x12\x45\n\x10\x63heckpoint_begun\x18\x08 \x01(\x0b\x32).interlock.api.trainer.v1.CheckpointBegunH\x00\x42\x08\n\x06report\"\xf1\x01\n\x05Hello\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x0b\n\x03seq\x18\x05 \x01(\x03\x12\'\n\x06policy\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12<\n\tpromotion\x18\x07 \x01(\x0b\x32).interlock.api.trainer.v1.PromotionPolicy\x12\x19\n\x11\x63heckpoint_folder\x18\x08 \x01(\t\x12\x0e\n\x06recipe\x18\t \x01(\t\x12\x10\n\x08servable\x18\n \x01(\x08\"B\n\tStepBatch\x12\x35\n\x07records\x18\x01 \x03(\x0b\x32$.interlock.api.trainer.v1.StepRecord\"\\\n\x0f\x43heckpointBegun\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.interlock.api.trainer.v1.Checkpoint\x12\x0f\n\x07initial\x18\x02 \x01(\x08\"K\n\x0f\x43heckpointSaved\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.interlock.api.trainer.v1.Checkpoint\"^\n\x11\x43heckpointChanged\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.interlock.api.trainer.v1.Checkpoint\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"\xb5\x01\n\x0bOrderResult\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x14\n\x0c\x61rtifact_uri\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x15\n\rmax_abs_error\x18\x07 \x01(\x01\x12\x15\n\rmax_rel_error\x18\x08 \x01(\x01\x12\x12\n\ncheckpoint\x18\t \x01(\t\"\x18\n\x07Goodbye\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"\xc3\x01\n\x0e\x41ttachResponse\x12\x34\n\x07welcome\x18\x01 \x01(\x0b\x32!.interlock.api.trainer.v1.WelcomeH\x00\x12>\n\x0c\x61\x63knowledged\x18\x02 \x01(\x0b\x32&.interlock.api.trainer.v1.AcknowledgedH\x00\x12\x30\n\x05order\x18\x03 \x01(\x0b\x32\x1f.interlock.api.trainer.v1.OrderH\x00\x42\t\n\x07message\"i\n\x07Welcome\x12\x18\n\x10\x61\x63knowledged_seq\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x33\n\x07restore\x18\x03 \x01(\x0b\x32\".interlock.api.trainer.v1.Rollback\"\x1b\n\x0c\x41\x63knowledged\x12\x0b\n\x03seq\x18\x01 \x01(\x03\"\xe1\x03\n\x05Order\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x33\n\x04save\x18\x02 \x01(\x0b\x32#.interlock.api.trainer.v1.SaveOrderH\x00\x12\x37\n\troll_back\x18\x03 \x01(\x0b\x32\".interlock.api.trainer.v1.RollbackH\x00\x12\x35\n\x05pause\x18\x04 \x01(\x0b\x32$.interlock.api.trainer.v1.PauseOrderH\x00\x12\x37\n\x06resume\x18\x05 \x01(\x0b\x32%.interlock.api.trainer.v1.ResumeOrderH\x00\x12\x33\n\x04stop\x18\x06 \x01(\x0b\x32#.interlock.api.trainer.v1.StopOrderH\x00\x12\x37\n\x06\x65xport\x18\x07 \x01(\x0b\x32%.interlock.api.trainer.v1.ExportOrderH\x00\x12\x37\n\x06\x63hange\x18\x08 \x01(\x0b\x32%.interlock.api.trainer.v1.ChangeOrderH\x00\x12\x37\n\x06\x64\x65lete\x18\t \x01(\x0b\x32%.interlock.api.trainer.v1.DeleteOrderH\x00\x42\x08\n\x06\x61\x63tion\"\x1b\n\tSaveOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1c\n\nPauseOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\r\n\x0bResumeOrder\"\x1b\n\tStopOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"!\n\x0b\x45xportOrder\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\">\n\x0b\x43hangeOrder\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x12\n\nstep_count\x18\x03 \x01(\x05\"\"\n\x0b\x44\x65leteOrder\x12\x13\n\x0b\x63heckpoints\x18\x01 \x03(\t2n\n\x0bLoopService\x12_\n\x06\x41ttach\x12\'.interlock.api.trainer.v1.AttachRequest\x1a(.interlock.api.trainer.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+interlock/api/trainer/v1/loop_service.proto\x12\x18interlock.api.trainer.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a.interlock/api/trainer/v1/metrics_service.proto\x1a*interlock/api/trainer/v1/run_service.proto\"\x87\x04\n\rAttachRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.interlock.api.trainer.v1.HelloH\x00\x12\x34\n\x05steps\x18\x02 \x01(\x0b\x32#.interlock.api.trainer.v1.StepBatchH\x00\x12\x45\n\x10\x63heckpoint_saved\x18\x03 \x01(\x0b\x32).interlock.api.trainer.v1.CheckpointSavedH\x00\x12=\n\x0corder_result\x18\x04 \x01(\x0b\x32%.interlock.api.trainer.v1.OrderResultH\x00\x12\x34\n\x07goodbye\x18\x05 \x01(\x0b\x32!.interlock.api.trainer.v1.GoodbyeH\x00\x12\x36\n\x08rollback\x18\x06 \x01(\x0b\x32\".interlock.api.trainer.v1.RollbackH\x00\x12I\n\x12\x63heckpoint_changed\x18\x07 \x01(\x0b\x32+.interlock.api.trainer.v1.CheckpointChangedH\x00\x12\x45\n\x10\x63heckpoint_begun\x18\x08 \x01(\x0b\x32).interlock.api.trainer.v1.CheckpointBegunH\x00\x42\x08\n\x06report\"\x83\x02\n\x05Hello\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x0b\n\x03seq\x18\x05 \x01(\x03\x12\'\n\x06policy\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12<\n\tpromotion\x18\x07 \x01(\x0b\x32).interlock.api.trainer.v1.PromotionPolicy\x12\x19\n\x11\x63heckpoint_folder\x18\x08 \x01(\t\x12\x0e\n\x06recipe\x18\t \x01(\t\x12\x10\n\x08servable\x18\n \x01(\x08\x12\x10\n\x08starting\x18\x0b \x01(\x08\"B\n\tStepBatch\x12\x35\n\x07records\x18\x01 \x03(\x0b\x32$.interlock.api.trainer.v1.StepRecord\"\\\n\x0f\x43heckpointBegun\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.interlock.api.trainer.v1.Checkpoint\x12\x0f\n\x07initial\x18\x02 \x01(\x08\"K\n\x0f\x43heckpointSaved\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.interlock.api.trainer.v1.Checkpoint\"^\n\x11\x43heckpointChanged\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.interlock.api.trainer.v1.Checkpoint\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"\xb5\x01\n\x0bOrderResult\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x14\n\x0c\x61rtifact_uri\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x15\n\rmax_abs_error\x18\x07 \x01(\x01\x12\x15\n\rmax_rel_error\x18\x08 \x01(\x01\x12\x12\n\ncheckpoint\x18\t \x01(\t\"\x18\n\x07Goodbye\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"\xc3\x01\n\x0e\x41ttachResponse\x12\x34\n\x07welcome\x18\x01 \x01(\x0b\x32!.interlock.api.trainer.v1.WelcomeH\x00\x12>\n\x0c\x61\x63knowledged\x18\x02 \x01(\x0b\x32&.interlock.api.trainer.v1.AcknowledgedH\x00\x12\x30\n\x05order\x18\x03 \x01(\x0b\x32\x1f.interlock.api.trainer.v1.OrderH\x00\x42\t\n\x07message\"i\n\x07Welcome\x12\x18\n\x10\x61\x63knowledged_seq\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x33\n\x07restore\x18\x03 \x01(\x0b\x32\".interlock.api.trainer.v1.Rollback\"\x1b\n\x0c\x41\x63knowledged\x12\x0b\n\x03seq\x18\x01 \x01(\x03\"\xe1\x03\n\x05Order\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\x33\n\x04save\x18\x02 \x01(\x0b\x32#.interlock.api.trainer.v1.SaveOrderH\x00\x12\x37\n\troll_back\x18\x03 \x01(\x0b\x32\".interlock.api.trainer.v1.RollbackH\x00\x12\x35\n\x05pause\x18\x04 \x01(\x0b\x32$.interlock.api.trainer.v1.PauseOrderH\x00\x12\x37\n\x06resume\x18\x05 \x01(\x0b\x32%.interlock.api.trainer.v1.ResumeOrderH\x00\x12\x33\n\x04stop\x18\x06 \x01(\x0b\x32#.interlock.api.trainer.v1.StopOrderH\x00\x12\x37\n\x06\x65xport\x18\x07 \x01(\x0b\x32%.interlock.api.trainer.v1.ExportOrderH\x00\x12\x37\n\x06\x63hange\x18\x08 \x01(\x0b\x32%.interlock.api.trainer.v1.ChangeOrderH\x00\x12\x37\n\x06\x64\x65lete\x18\t \x01(\x0b\x32%.interlock.api.trainer.v1.DeleteOrderH\x00\x42\x08\n\x06\x61\x63tion\"\x1b\n\tSaveOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1c\n\nPauseOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\r\n\x0bResumeOrder\"\x1b\n\tStopOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"!\n\x0b\x45xportOrder\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\">\n\x0b\x43hangeOrder\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x12\n\nstep_count\x18\x03 \x01(\x05\"\"\n\x0b\x44\x65leteOrder\x12\x13\n\x0b\x63heckpoints\x18\x01 \x03(\t2n\n\x0bLoopService\x12_\n\x06\x41ttach\x12\'.interlock.api.trainer.v1.AttachRequest\x1a(.interlock.api.trainer.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,41 +37,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHREQUEST']._serialized_start=196
   _globals['_ATTACHREQUEST']._serialized_end=715
   _globals['_HELLO']._serialized_start=718
-  _globals['_HELLO']._serialized_end=959
-  _globals['_STEPBATCH']._serialized_start=961
-  _globals['_STEPBATCH']._serialized_end=1027
-  _globals['_CHECKPOINTBEGUN']._serialized_start=1029
-  _globals['_CHECKPOINTBEGUN']._serialized_end=1121
-  _globals['_CHECKPOINTSAVED']._serialized_start=1123
-  _globals['_CHECKPOINTSAVED']._serialized_end=1198
-  _globals['_CHECKPOINTCHANGED']._serialized_start=1200
-  _globals['_CHECKPOINTCHANGED']._serialized_end=1294
-  _globals['_ORDERRESULT']._serialized_start=1297
-  _globals['_ORDERRESULT']._serialized_end=1478
-  _globals['_GOODBYE']._serialized_start=1480
-  _globals['_GOODBYE']._serialized_end=1504
-  _globals['_ATTACHRESPONSE']._serialized_start=1507
-  _globals['_ATTACHRESPONSE']._serialized_end=1702
-  _globals['_WELCOME']._serialized_start=1704
-  _globals['_WELCOME']._serialized_end=1809
-  _globals['_ACKNOWLEDGED']._serialized_start=1811
-  _globals['_ACKNOWLEDGED']._serialized_end=1838
-  _globals['_ORDER']._serialized_start=1841
-  _globals['_ORDER']._serialized_end=2322
-  _globals['_SAVEORDER']._serialized_start=2324
-  _globals['_SAVEORDER']._serialized_end=2351
-  _globals['_PAUSEORDER']._serialized_start=2353
-  _globals['_PAUSEORDER']._serialized_end=2381
-  _globals['_RESUMEORDER']._serialized_start=2383
-  _globals['_RESUMEORDER']._serialized_end=2396
-  _globals['_STOPORDER']._serialized_start=2398
-  _globals['_STOPORDER']._serialized_end=2425
-  _globals['_EXPORTORDER']._serialized_start=2427
-  _globals['_EXPORTORDER']._serialized_end=2460
-  _globals['_CHANGEORDER']._serialized_start=2462
-  _globals['_CHANGEORDER']._serialized_end=2524
-  _globals['_DELETEORDER']._serialized_start=2526
-  _globals['_DELETEORDER']._serialized_end=2560
-  _globals['_LOOPSERVICE']._serialized_start=2562
-  _globals['_LOOPSERVICE']._serialized_end=2672
+  _globals['_HELLO']._serialized_end=977
+  _globals['_STEPBATCH']._serialized_start=979
+  _globals['_STEPBATCH']._serialized_end=1045
+  _globals['_CHECKPOINTBEGUN']._serialized_start=1047
+  _globals['_CHECKPOINTBEGUN']._serialized_end=1139
+  _globals['_CHECKPOINTSAVED']._serialized_start=1141
+  _globals['_CHECKPOINTSAVED']._serialized_end=1216
+  _globals['_CHECKPOINTCHANGED']._serialized_start=1218
+  _globals['_CHECKPOINTCHANGED']._serialized_end=1312
+  _globals['_ORDERRESULT']._serialized_start=1315
+  _globals['_ORDERRESULT']._serialized_end=1496
+  _globals['_GOODBYE']._serialized_start=1498
+  _globals['_GOODBYE']._serialized_end=1522
+  _globals['_ATTACHRESPONSE']._serialized_start=1525
+  _globals['_ATTACHRESPONSE']._serialized_end=1720
+  _globals['_WELCOME']._serialized_start=1722
+  _globals['_WELCOME']._serialized_end=1827
+  _globals['_ACKNOWLEDGED']._serialized_start=1829
+  _globals['_ACKNOWLEDGED']._serialized_end=1856
+  _globals['_ORDER']._serialized_start=1859
+  _globals['_ORDER']._serialized_end=2340
+  _globals['_SAVEORDER']._serialized_start=2342
+  _globals['_SAVEORDER']._serialized_end=2369
+  _globals['_PAUSEORDER']._serialized_start=2371
+  _globals['_PAUSEORDER']._serialized_end=2399
+  _globals['_RESUMEORDER']._serialized_start=2401
+  _globals['_RESUMEORDER']._serialized_end=2414
+  _globals['_STOPORDER']._serialized_start=2416
+  _globals['_STOPORDER']._serialized_end=2443
+  _globals['_EXPORTORDER']._serialized_start=2445
+  _globals['_EXPORTORDER']._serialized_end=2478
+  _globals['_CHANGEORDER']._serialized_start=2480
+  _globals['_CHANGEORDER']._serialized_end=2542
+  _globals['_DELETEORDER']._serialized_start=2544
+  _globals['_DELETEORDER']._serialized_end=2578
+  _globals['_LOOPSERVICE']._serialized_start=2580
+  _globals['_LOOPSERVICE']._serialized_end=2690
 # @@protoc_insertion_point(module_scope)

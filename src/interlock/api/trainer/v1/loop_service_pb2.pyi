@@ -105,6 +105,7 @@ class Hello(_message.Message):
     CHECKPOINT_FOLDER_FIELD_NUMBER: _builtins.int
     RECIPE_FIELD_NUMBER: _builtins.int
     SERVABLE_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Format: runs/{run}."""
     pid: _builtins.int
@@ -121,6 +122,8 @@ class Hello(_message.Message):
     """Recipe, or empty."""
     servable: _builtins.bool
     """Whether the loop can export a servable artifact."""
+    starting: _builtins.bool
+    """The loop has no state yet and asks where to begin."""
     @_builtins.property
     def policy(self) -> _struct_pb2.Struct:
         """Run policy as data: guard, recovery, retention, save_every."""
@@ -142,10 +145,11 @@ class Hello(_message.Message):
         checkpoint_folder: _builtins.str = ...,
         recipe: _builtins.str = ...,
         servable: _builtins.bool = ...,
+        starting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "promotion", b"promotion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_folder", b"checkpoint_folder", "pid", b"pid", "policy", b"policy", "promotion", b"promotion", "recipe", b"recipe", "run", b"run", "seq", b"seq", "servable", b"servable", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_folder", b"checkpoint_folder", "pid", b"pid", "policy", b"policy", "promotion", b"promotion", "recipe", b"recipe", "run", b"run", "seq", b"seq", "servable", b"servable", "starting", b"starting", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

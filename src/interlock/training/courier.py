@@ -1,0 +1,99 @@
+"""The courier: a thread that takes what the loop leaves, writes it to the local log and tells the supervisor. The loop never waits for it.
+
+The loop appends to a bounded deque (100,000 events: minutes of a fast loop; beyond it steps are counted as dropped, not stored). A full
+disk or a supervisor that fails costs records or judgement, never the training: both are logged and tried again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import structlog
+
+from interlock.core.steps import StepRecord
+from interlock.stores.steplog import StepLog
+from interlock.training.terms import Event, Supervisor
+
+_log = structlog.get_logger(__name__)
+BOUND = 100_000
+FLUSH_SECONDS = 0.05
+
+
+class Courier:
+    """Carries one loop's events. With `synchronous`, `flush` in the loop's own thread does all the work: for tests and short steps."""
+
+    def __init__(self, run: str, log: StepLog, supervisor: Supervisor, *, synchronous: bool) -> None:
+        self._run = run
+        self._log = log
+        self._supervisor = supervisor
+        self._outbox: deque[Event] = deque()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self.num_dropped = 0
+        self._thread = (
+            None if synchronous else threading.Thread(target=self._work, name="interlock-courier", daemon=True)
+        )
+        if self._thread:
+            self._thread.start()
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether the loop's thread does the work."""
+        return self._thread is None
+
+    def full(self) -> bool:
+        """Whether the next step must be dropped; counts it."""
+        if len(self._outbox) < BOUND:
+            return False
+        self.num_dropped += 1
+        return True
+
+    def put(self, event: Event) -> None:
+        """Leaves an event; costs an append."""
+        self._outbox.append(event)
+
+    def flush(self) -> None:
+        """Carries everything that lies in the outbox."""
+        with self._lock:
+            batch: list[Event] = []
+            while self._outbox and len(batch) < BOUND:
+                batch.append(self._outbox.popleft())
+            if not batch:
+                return
+            batch = [_settled(event) for event in batch]
+            self._store([event for event in batch if isinstance(event, StepRecord)])
+            self._tell(batch)
+
+    def _store(self, records: Sequence[StepRecord]) -> None:
+        try:
+            for begin in range(0, len(records), 256):
+                self._log.append(self._run, records[begin : begin + 256])
+        except Exception as error:  # noqa: BLE001 - a full disk must not stop training
+            _log.error("steps_not_stored", run=self._run, num_records=len(records), error=str(error))
+
+    def _tell(self, batch: list[Event]) -> None:
+        try:
+            self._supervisor.report(batch)
+        except Exception:  # noqa: BLE001 - a fault of the supervisor must not stop training
+            _log.exception("supervisor_failed", run=self._run)
+
+    def _work(self) -> None:
+        while not self._closing.wait(FLUSH_SECONDS):
+            self.flush()
+
+    def close(self) -> None:
+        """Carries what is left and ends the thread."""
+        self._closing.set()
+        if self._thread:
+            self._thread.join(10)
+        self.flush()
+
+
+def _settled(event: Event) -> Event:
+    """A step whose device tensors have become numbers: the wait for the device happens here, not in the loop."""
+    if not isinstance(event, StepRecord) or all(type(value) is float for value in event.metrics.values()):
+        return event
+    return replace(event, metrics={name: float(value) for name, value in event.metrics.items()})

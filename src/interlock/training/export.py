@@ -1,0 +1,221 @@
+"""Export of a checkpoint to ONNX: a servable artifact folder, compared with torch before anybody may serve it.
+
+The graph is traced once per run (seconds); a later checkpoint of the same architecture only gets its weights written into the graph's
+initializers. Every export is compared numerically, so a graph whose weights were folded away is found out and traced anew.
+
+    exports/<checkpoint>/model.toml   inputs, outputs, source (run, checkpoint, step, digest), figures of the comparison
+    exports/<checkpoint>/model.onnx
+    exports/<checkpoint>/manifest.json
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import numpy_helper
+
+from interlock.errors import FailedPrecondition, NotFound
+from interlock.stores import artifacts
+from interlock.stores.artifacts import ModelSpec, TensorSpec
+from interlock.stores.checkpoints import Loaded
+from interlock.training.capture import Stateful, as_tensor
+from interlock.training.run import Exporter
+from interlock.training.terms import CheckpointInfo, Result
+from interlock.training.tree import unpack
+
+DATATYPES = {
+    np.dtype(np.float32): "FP32",
+    np.dtype(np.float64): "FP64",
+    np.dtype(np.float16): "FP16",
+    np.dtype(np.int64): "INT64",
+    np.dtype(np.int32): "INT32",
+    np.dtype(np.uint8): "UINT8",
+    np.dtype(np.bool_): "BOOL",
+}
+BATCHES = (1, 2, 7)  # the sizes a comparison runs: one, the traced one, one that divides nothing
+MAX_ABS_ERROR = 1e-3
+OPSET = 18
+
+
+class OnnxExporter(Exporter):
+    """Exports one module of one run. `components` says where in a checkpoint the module's weights lie."""
+
+    def __init__(
+        self,
+        model: str,
+        module: torch.nn.Module,
+        example: dict[str, torch.Tensor],
+        outputs: tuple[str, ...],
+        run: str,
+        folder: Path,
+        components: Mapping[str, Stateful],
+    ) -> None:
+        self._model = model
+        self._component = _owner(module, components)
+        self._module = copy.deepcopy(module).cpu().eval()
+        self._example = {name: tensor.detach().cpu() for name, tensor in example.items()}
+        self._outputs = outputs
+        self._run = run
+        self._folder = folder
+        self._graph: onnx.ModelProto | None = None
+        self._lock = threading.Lock()
+
+    def export(self, loaded: Loaded, info: CheckpointInfo) -> Result:
+        """Writes `exports/<checkpoint>`, or finds it there.
+
+        Raises:
+            FailedPrecondition: `EXPORT_MISMATCH`: ONNX Runtime does not give what torch gives.
+        """
+        with self._lock:
+            target = self._folder / loaded.checkpoint
+            if (target / artifacts.MANIFEST_FILE).exists():
+                manifest, figures = artifacts.verify(target), artifacts.read_spec(target).export
+            else:
+                figures = self._write(target, loaded, info)
+                manifest = artifacts.read_manifest(target)
+        return Result(
+            "",
+            attempt=info.attempt,
+            step=info.step,
+            checkpoint=loaded.checkpoint,
+            artifact=str(target.resolve()),
+            digest=manifest.digest,
+            max_abs_error=float(figures["max_abs_error"]),
+            max_rel_error=float(figures["max_rel_error"]),
+        )
+
+    def _write(self, target: Path, loaded: Loaded, info: CheckpointInfo) -> dict[str, Any]:
+        tensors = {name: as_tensor(*raw) for name, raw in loaded.tensors.items()}
+        self._module.load_state_dict(unpack(loaded.state["components"][self._component], tensors))
+        body, figures = self._checked_graph(loaded.checkpoint)
+        part = target.with_name(f".part-{target.name}")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        artifacts.write_durably(part / "model.onnx", body)
+        artifacts.write_spec(part, self._spec(body, info, figures))
+        metadata = {"run": self._run, "checkpoint": loaded.checkpoint, "step": info.step, "metrics": dict(info.metrics)}
+        artifacts.write_manifest(part, metadata)
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+        return figures
+
+    def _checked_graph(self, checkpoint: str) -> tuple[bytes, dict[str, Any]]:
+        """The graph with this checkpoint's weights, from the cached one if that compares well, else traced anew."""
+        figures: dict[str, Any] = {}
+        for fresh in (False, True):
+            if fresh:
+                self._graph = self._trace()
+            elif not _set_weights(self._graph, self._module):
+                continue
+            assert self._graph is not None
+            body = self._graph.SerializeToString()
+            figures = self._compare(body)
+            if figures["max_abs_error"] <= MAX_ABS_ERROR:
+                return body, figures
+        raise FailedPrecondition(
+            f"checkpoint {checkpoint}: ONNX Runtime and torch differ by {figures['max_abs_error']:g}, allowed is {MAX_ABS_ERROR:g}",
+            reason="EXPORT_MISMATCH",
+            metadata={"max_abs_error": str(figures["max_abs_error"])},
+        )
+
+    def _trace(self) -> onnx.ModelProto:
+        batch = torch.export.Dim("batch", min=1)
+        inputs = {name: _rows(tensor, 2) for name, tensor in self._example.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about its own exporter's internals
+            program = torch.onnx.export(
+                self._module,
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=list(self._outputs),
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+            )
+        assert program is not None
+        proto: onnx.ModelProto = program.model_proto
+        return proto
+
+    def _compare(self, body: bytes) -> dict[str, Any]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(body, options, providers=["CPUExecutionProvider"])
+        generator = torch.Generator().manual_seed(0)
+        worst_abs, worst_rel = 0.0, 0.0
+        for size in BATCHES:
+            inputs = {name: _random_like(_rows(tensor, size), generator) for name, tensor in self._example.items()}
+            with torch.no_grad():
+                wanted = self._module(*inputs.values())
+            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+            given = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            for want, got in zip(wanted, given, strict=True):
+                gap = np.abs(want.numpy().astype(np.float64) - got.astype(np.float64))
+                worst_abs = max(worst_abs, float(gap.max(initial=0.0)))
+                worst_rel = max(worst_rel, float((gap / (np.abs(want.numpy()) + 1e-6)).max(initial=0.0)))
+        return {"max_abs_error": worst_abs, "max_rel_error": worst_rel, "num_samples": sum(BATCHES), "opset": OPSET}
+
+    def _spec(self, body: bytes, info: CheckpointInfo, figures: dict[str, Any]) -> ModelSpec:
+        session = onnxruntime.InferenceSession(body, providers=["CPUExecutionProvider"])
+        inputs = {name: _rows(tensor, 1) for name, tensor in self._example.items()}
+        outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return ModelSpec(
+            name=self._model,
+            inputs=tuple(_tensor_spec(name, tensor.numpy()) for name, tensor in inputs.items()),
+            outputs=tuple(_tensor_spec(name, array) for name, array in zip(self._outputs, outputs, strict=True)),
+            source={
+                "run": self._run,
+                "checkpoint": info.checkpoint,
+                "attempt": info.attempt,
+                "step": info.step,
+                "digest": info.digest,
+            },
+            export=figures,
+        )
+
+
+def _owner(module: torch.nn.Module, components: Mapping[str, Stateful]) -> str:
+    for name, component in components.items():
+        if component is module:
+            return name
+    raise NotFound("serve.module is not one of the run's components", reason="NOT_SERVABLE", field="serve.module")
+
+
+def _rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """The example with `count` rows."""
+    return tensor[:1].expand(count, *tensor.shape[1:]).contiguous()
+
+
+def _random_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+    return tensor
+
+
+def _tensor_spec(name: str, array: Any) -> TensorSpec:
+    return TensorSpec(name, DATATYPES[array.dtype], (-1, *array.shape[1:]))
+
+
+def _set_weights(graph: onnx.ModelProto | None, module: torch.nn.Module) -> bool:
+    """Writes the module's weights into the initializers of the same name; False, and nothing written, when one has no place in the graph
+    (a batch norm folded into a layer): then the graph holds only the checkpoint it was traced from."""
+    if graph is None:
+        return False
+    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    weights = {name: tensor.detach() for name, tensor in weights.items() if tensor.is_floating_point()}
+    places = {item.name: item for item in graph.graph.initializer}
+    if any(name not in places or list(places[name].dims) != list(tensor.shape) for name, tensor in weights.items()):
+        return False
+    for name, tensor in weights.items():
+        places[name].CopyFrom(numpy_helper.from_array(tensor.numpy(), name))
+    return True
