@@ -104,7 +104,8 @@ class Replica:
         self._options = options
         self._warmup_iterations = warmup_iterations
         self._failpoint = failpoint
-        self._assignment = Assignment()
+        self._assignment = file.read()
+        self._restored = False
         self._lock = asyncio.Lock()  # one change of routes and slots at a time
         self._loads: dict[tuple[str, str], Load] = {}
         niceness = (
@@ -126,6 +127,10 @@ class Replica:
         """The routes in force."""
         in_force = self._registry.snapshot.routes
         return [assigned for model, assigned in self._assignment.models.items() if model in in_force]
+
+    def is_ready(self) -> bool:
+        """True when every model that was assigned is routed here."""
+        return self._restored and self._assignment.models.keys() <= self._registry.snapshot.routes.keys()
 
     def close(self) -> None:
         """Ends the threads after what they do now."""
@@ -150,9 +155,7 @@ class Replica:
 
     async def restore(self) -> None:
         """Loads, warms and routes what was assigned before the process ended. A version that fails is left out; nothing is raised for it."""
-        last = await asyncio.to_thread(self._file.read)
-        self._assignment = replace(last, fencing_token=max(last.fencing_token, self.fencing_token))
-        for model, assigned in last.models.items():
+        for model, assigned in list(self._assignment.models.items()):
             try:
                 await self._restore_model(model, assigned)
             except InterlockError as error:
@@ -163,6 +166,8 @@ class Replica:
                     reason=error.reason,
                     problem=error.message,
                 )
+        self._restored = True
+        self.changed.fire()
 
     async def _restore_model(self, model: str, assigned: AssignedModel) -> None:
         for version, each in assigned.versions.items():
@@ -194,11 +199,11 @@ class Replica:
                 metadata={"digest": load.slot.digest, "expected": wanted.digest},
             )
         while True:
-            changed = self.changed.next()
+            changed, done = self.changed.next(), load.done  # before the yield: the load goes on meanwhile
             if load.error is not None:
                 raise load.error
             yield load
-            if load.done:
+            if done:
                 return
             await changed.wait()
 

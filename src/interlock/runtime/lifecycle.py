@@ -74,7 +74,7 @@ class _EndWatches(aio.ServerInterceptor):
         async def ending(request: Any, context: Any) -> AsyncIterator[Any]:
             result = behaviour(request, context)
             stream = result if hasattr(result, "__aiter__") else _as_stream(result)
-            async for message in _until(stream, self._stopping):
+            async for message in until(stream, self._stopping):
                 yield message
 
         return ending
@@ -87,7 +87,7 @@ async def _as_stream(coroutine: Awaitable[None]) -> AsyncIterator[Any]:
         yield nothing
 
 
-async def _until(stream: AsyncIterator[Any], stopping: asyncio.Event) -> AsyncIterator[Any]:
+async def until(stream: AsyncIterator[Any], stopping: asyncio.Event) -> AsyncIterator[Any]:
     """Yields from `stream` until it ends or `stopping` is set."""
     stopped = asyncio.ensure_future(stopping.wait())  # noqa: TID251  lives and dies inside this generator
     try:

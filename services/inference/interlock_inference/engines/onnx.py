@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import structlog
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound
@@ -38,6 +40,7 @@ DATATYPES = {
     "tensor(bfloat16)": "BF16",
     "tensor(string)": "BYTES",
 }
+_log = structlog.get_logger(__name__)
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _CPU = "CPUExecutionProvider"
 
@@ -165,8 +168,14 @@ def _faults_in_our_words(run: Callable[..., list[Array]]) -> Callable[..., list[
             raise InvalidArgument(
                 f"inputs: refused by the model: {_clean(error)}", reason="INVALID_TENSOR", field="inputs"
             ) from None
-        except Exception as error:
-            raise Internal("the engine failed on this request", reason="ENGINE_FAULT") from error
+        except Exception as error:  # noqa: BLE001 - whatever the runtime throws is a fault of this run
+            error_id = uuid.uuid4().hex[:16]
+            _log.error("engine_fault", error_id=error_id, problem=_clean(error))
+            raise Internal(
+                f"the engine failed on this request: error {error_id}",
+                reason="ENGINE_FAULT",
+                metadata={"error_id": error_id},
+            ) from None
 
     return wrapped
 

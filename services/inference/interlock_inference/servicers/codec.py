@@ -1,0 +1,133 @@
+"""Open Inference Protocol messages <-> the data plane's calls and replies. Only shapes and bytes; no decisions, no gRPC context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from interlock.api.oip import messages as pb
+from interlock.errors import InvalidArgument, Unimplemented
+from interlock_inference import tensors
+from interlock_inference.dataplane import Reply
+from interlock_inference.engines import Array
+from interlock_inference.slots import Slot
+from interlock_inference.tensors import Described, invalid
+
+VERSION, STEP, DIGEST, EPOCH, TRACE = (
+    "interlock-version",
+    "interlock-step",
+    "interlock-digest",
+    "interlock-epoch",
+    "traceparent",
+)
+RAW_ONLY = frozenset(tensors.NUMPY_TYPES) - frozenset(tensors.TYPED_FIELDS)
+
+
+class InferCall:
+    """A ModelInferRequest as the data plane takes it."""
+
+    __slots__ = ("_request", "deadline", "model", "outputs", "request_id", "version")
+
+    def __init__(self, request: pb.ModelInferRequest, deadline: float | None) -> None:
+        if not request.model_name:
+            raise InvalidArgument("model_name: which model?", reason="INVALID_NAME", field="model_name")
+        self._request = request
+        self.model = request.model_name
+        self.version = request.model_version
+        self.request_id = request.id
+        self.outputs: Sequence[str] = _outputs(request) if request.outputs else ()
+        self.deadline = deadline
+
+    def decode(self, slot: Slot) -> dict[str, Array]:
+        """The inputs by name, checked against the slot's signature; views on the request's bytes where they came raw."""
+        request, opened = self._request, slot.opened
+        assert opened is not None, "a held slot keeps its engine"
+        described = [Described(t.name, t.datatype, tuple(t.shape)) for t in request.inputs]
+        tensors.check_described(described, opened.engine.signature, slot.specs)
+        for index, tensor in enumerate(request.inputs):
+            if tensor.parameters:
+                _refuse_shared_memory(tensor.parameters, f"inputs[{index}]")
+        raw = request.raw_input_contents
+        if not raw:
+            return {t.name: _typed(t, request.inputs[i], i) for i, t in enumerate(described)}
+        if len(raw) != len(described):
+            raise invalid(
+                "raw_input_contents",
+                f"{len(raw)} entries for {len(described)} inputs; give one per input, or none and use contents",
+            )
+        for index, tensor in enumerate(request.inputs):
+            if tensor.HasField("contents"):
+                raise invalid(f"inputs[{index}].contents", "elements are given both here and in raw_input_contents")
+        return {t.name: tensors.decode_raw(t, raw[i], i) for i, t in enumerate(described)}
+
+
+def _outputs(request: pb.ModelInferRequest) -> list[str]:
+    for index, output in enumerate(request.outputs):
+        if output.parameters:
+            _refuse_shared_memory(output.parameters, f"outputs[{index}]")
+            if "classification" in output.parameters:
+                raise Unimplemented(
+                    f"outputs[{index}]: the classification extension is not supported; take the scores",
+                    reason="CLASSIFICATION",
+                )
+    return [output.name for output in request.outputs]
+
+
+def _refuse_shared_memory(parameters: Any, where: str) -> None:
+    if "shared_memory_region" in parameters:
+        raise Unimplemented(
+            f"{where}: shared memory is not supported; send the elements in the message", reason="SHARED_MEMORY"
+        )
+
+
+def _typed(tensor: Described, message: Any, index: int) -> Array:
+    if tensor.datatype in RAW_ONLY:
+        raise invalid(f"inputs[{index}].contents", f"{tensor.datatype} travels in raw_input_contents only")
+    field = tensors.TYPED_FIELDS[tensor.datatype]
+    for other, values in message.contents.ListFields():
+        if other.name != field:
+            raise invalid(
+                f"inputs[{index}].contents.{other.name}",
+                f"{len(values)} elements here, {tensor.datatype} goes into {field}",
+            )
+    return tensors.decode_typed(tensor, getattr(message.contents, field), index)
+
+
+class ResponseMaker:
+    """Makes responses; what does not change between requests of one version and epoch is made once."""
+
+    def __init__(self) -> None:
+        self._templates: dict[tuple[str, str, int], pb.ModelInferResponse] = {}
+
+    def response(self, request: pb.ModelInferRequest, reply: Reply, traceparent: str) -> pb.ModelInferResponse:
+        """The answer, raw if the request was raw, else readable."""
+        made = pb.ModelInferResponse()
+        made.CopyFrom(self._template(reply.slot, reply.epoch))
+        if request.id:
+            made.id = request.id
+        if traceparent:
+            made.parameters[TRACE].string_param = traceparent
+        specs = reply.slot.output_specs
+        raw = bool(request.raw_input_contents) or any(specs[name].datatype in RAW_ONLY for name in reply.names)
+        for name, array in zip(reply.names, reply.outputs, strict=True):
+            datatype = specs[name].datatype
+            output = made.outputs.add(name=name, datatype=datatype, shape=array.shape)
+            if raw:
+                made.raw_output_contents.append(tensors.encode_raw(array, datatype))
+            else:
+                getattr(output.contents, tensors.TYPED_FIELDS[datatype]).extend(array.ravel().tolist())
+        return made
+
+    def _template(self, slot: Slot, epoch: int) -> pb.ModelInferResponse:
+        key = (slot.name, slot.digest, epoch)
+        template = self._templates.get(key)
+        if template is None:
+            if len(self._templates) > 64:
+                self._templates.clear()
+            template = pb.ModelInferResponse(model_name=slot.model, model_version=slot.version)
+            template.parameters[VERSION].string_param = slot.name
+            template.parameters[STEP].int64_param = slot.step
+            template.parameters[DIGEST].string_param = slot.digest
+            template.parameters[EPOCH].int64_param = epoch
+            self._templates[key] = template
+        return template

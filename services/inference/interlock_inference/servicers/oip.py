@@ -1,0 +1,299 @@
+"""The Open Inference Protocol's service over the data plane and the registry. What is loaded and routed is decided elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+
+import interlock
+from interlock.api.oip import messages as pb
+from interlock.core.names import check_id
+from interlock.errors import InterlockError, InvalidArgument, NotFound, Unimplemented
+from interlock.runtime import telemetry
+from interlock.runtime.lifecycle import until
+from interlock_inference.dataplane import DataPlane
+from interlock_inference.replica import Replica
+from interlock_inference.servicers.codec import InferCall, ResponseMaker
+from interlock_inference.slots import ANSWERS, Registry, Slot, SlotState, model_not_found
+from interlock_inference.stats import Timer, VersionStats
+
+Context = grpc.aio.ServicerContext[Any, Any]
+EXTENSIONS = ("model_configuration", "model_repository", "statistics", "binary_tensor_data", "parameters")
+
+
+class Admin(Protocol):
+    """Asks whoever owns the routes to change them; a replica never does that by itself."""
+
+    async def load(self, model: str, version: str) -> None:
+        """Serves a version by a swap; returns when it is served. `version` empty: the newest in the repository."""
+        ...
+
+    async def unload(self, model: str) -> None:
+        """Takes a model out of service."""
+        ...
+
+
+class OipServicer:
+    """`inference.GRPCInferenceService`.
+
+    Args:
+        repository: the folder of `<model>/<version>/`, for the index.
+    """
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        registry: Registry,
+        replica: Replica,
+        admin: Admin,
+        repository: Path,
+        stopping: asyncio.Event,
+    ) -> None:
+        self._plane = plane
+        self._registry = registry
+        self._replica = replica
+        self._admin = admin
+        self._repository = repository
+        self._stopping = stopping
+        self._maker = ResponseMaker()
+
+    # --- inference ---
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        """Answers one request within its caller's deadline."""
+        remaining = context.time_remaining()
+        call = InferCall(request, _deadline(request, remaining))
+        reply = await self._plane.infer(call)
+        return self._maker.response(request, reply, telemetry.current_traceparent())
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Answers requests in their order; a request that fails is answered by its error and the stream goes on."""
+        async for request in until(aiter(requests), self._stopping):
+            yield await self._stream_one(request, context)
+
+    async def _stream_one(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelStreamInferResponse:
+        try:
+            response = pb.ModelStreamInferResponse(infer_response=await self.ModelInfer(request, context))
+        except InterlockError as error:
+            failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            failed.parameters["interlock-reason"].string_param = error.reason
+            response = pb.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
+        if "triton_enable_empty_final_response" in request.parameters:
+            response.infer_response.parameters["triton_final_response"].bool_param = True
+        return response
+
+    # --- health and metadata ---
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
+        """True: it answers."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
+        """True when every model that this replica was told to serve is served."""
+        return pb.ServerReadyResponse(ready=self._replica.is_ready() and not self._stopping.is_set())
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
+        """True when a request for the model, or for that version of it, would be admitted."""
+        return pb.ModelReadyResponse(ready=self._is_ready(request.name, request.version))
+
+    def _is_ready(self, model: str, version: str) -> bool:
+        snapshot = self._registry.snapshot
+        if version:
+            slot = snapshot.slots.get(model, {}).get(version)
+            return slot is not None and slot.state in ANSWERS
+        routed = snapshot.routes.get(model)
+        return routed is not None and bool(routed.slots)
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
+        """Who this is."""
+        return pb.ServerMetadataResponse(name="interlock", version=interlock.__version__, extensions=EXTENSIONS)
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
+        """Tensors of the version asked for, or of the one that serves."""
+        slot = self._described(request.name, request.version)
+        assert slot.opened is not None, "a described slot is loaded"
+        answering = [s.version for s in self._registry.snapshot.slots[slot.model].values() if s.state in ANSWERS]
+        made = pb.ModelMetadataResponse(name=slot.model, versions=answering, platform=slot.opened.engine.platform)
+        for spec in slot.specs.values():
+            made.inputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+        for spec in slot.output_specs.values():
+            made.outputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+        return made
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        """The same in Triton's terms. `max_batch_size` 0: shapes are complete, no batch dimension is implied."""
+        slot = self._described(request.name, request.version)
+        assert slot.opened is not None, "a described slot is loaded"
+        config = pb.ModelConfig(
+            name=slot.model,
+            platform=slot.opened.engine.platform,
+            backend="onnxruntime",
+            default_model_filename="model.onnx",
+        )
+        for spec in slot.specs.values():
+            config.input.add(name=spec.name, data_type=_triton_type(spec.datatype), dims=spec.shape)
+        for spec in slot.output_specs.values():
+            config.output.add(name=spec.name, data_type=_triton_type(spec.datatype), dims=spec.shape)
+        for key, value in (
+            ("interlock-version", slot.name),
+            ("interlock-digest", slot.digest),
+            ("interlock-step", str(slot.step)),
+        ):
+            config.parameters[key].string_value = value
+        return pb.ModelConfigResponse(config=config)
+
+    def _described(self, model: str, version: str) -> Slot:
+        """The loaded slot to describe: the one named, or the route's heaviest, or the newest loaded."""
+        _check_model(model)
+        routed = self._registry.snapshot.routes.get(model)
+        named = version or (routed.route.heaviest() if routed else None)
+        slots = (
+            [self._registry.find(model, named)]
+            if named
+            else list(self._registry.snapshot.slots.get(model, {}).values())
+        )
+        loaded = [slot for slot in slots if slot.opened is not None]
+        if not loaded:
+            raise (
+                model_not_found(model)
+                if not named
+                else NotFound(f"{slots[0].name} is {slots[0].state}", reason="VERSION_NOT_FOUND")
+            )
+        return loaded[-1]
+
+    # --- statistics and repository ---
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
+        """Counts and times per loaded version."""
+        slots = [
+            s
+            for s in self._registry.all_slots()
+            if request.name in ("", s.model) and request.version in ("", s.version) and s.state in _COUNTED
+        ]
+        if request.name and not slots:
+            self._registry.find(request.name, request.version)
+            raise model_not_found(request.name)
+        return pb.ModelStatisticsResponse(model_stats=[_statistics(slot) for slot in slots])
+
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
+        """Every version that lies in the repository or is loaded."""
+        names = await asyncio.to_thread(_versions_on_disk, self._repository)
+        loaded = {(slot.model, slot.version): slot for slot in self._registry.all_slots()}
+        made = pb.RepositoryIndexResponse()
+        for model, version in sorted(names | loaded.keys(), key=_by_number):
+            slot = loaded.get((model, version))
+            ready = slot is not None and slot.state in ANSWERS
+            if ready or not request.ready:
+                reason = "not loaded" if slot is None else (slot.error or slot.state)
+                made.models.add(
+                    name=model,
+                    version=version,
+                    state="READY" if ready else "UNAVAILABLE",
+                    reason="" if ready else reason,
+                )
+        return made
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Serves a version by a swap; the parameter `version` says which, else the newest in the repository."""
+        model = _repository_model(request.model_name, request.repository_name)
+        version = request.parameters["version"].string_param if "version" in request.parameters else ""
+        if not version:
+            version = await self._newest(model)
+        await self._admin.load(model, check_id(version, "parameters.version"))
+        return pb.RepositoryModelLoadResponse(model_name=model, isLoaded=True)
+
+    async def _newest(self, model: str) -> str:
+        names = await asyncio.to_thread(_versions_on_disk, self._repository)
+        versions = sorted((pair for pair in names if pair[0] == model), key=_by_number)
+        if not versions:
+            raise NotFound(
+                f"model {model!r} has no version in the repository; register one with the controller",
+                reason="MODEL_NOT_FOUND",
+            )
+        return versions[-1][1]
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Takes the model out of service."""
+        model = _repository_model(request.model_name, request.repository_name)
+        await self._admin.unload(model)
+        return pb.RepositoryModelUnloadResponse(model_name=model, isUnloaded=True)
+
+    # --- not supported ---
+
+    async def _unsupported(self, request: Any, context: Context) -> Any:
+        raise Unimplemented(
+            "this Triton extension is not supported here: send tensors in messages; logs and traces are set by configuration",
+            reason="UNSUPPORTED",
+        )
+
+    SystemSharedMemoryStatus = SystemSharedMemoryRegister = SystemSharedMemoryUnregister = _unsupported
+    CudaSharedMemoryStatus = CudaSharedMemoryRegister = CudaSharedMemoryUnregister = _unsupported
+    TraceSetting = LogSettings = _unsupported
+
+
+_COUNTED = frozenset(SlotState) - {SlotState.INITIALIZING, SlotState.STOPPED}
+
+
+def _deadline(request: pb.ModelInferRequest, remaining: float | None) -> float | None:
+    """The nearer of the call's deadline and Triton's `timeout` parameter, in microseconds."""
+    if "timeout" in request.parameters:
+        asked = request.parameters["timeout"].int64_param / 1e6
+        remaining = asked if remaining is None else min(asked, remaining)
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _check_model(model: str) -> None:
+    if not model:
+        raise InvalidArgument("name: which model?", reason="INVALID_NAME", field="name")
+
+
+def _repository_model(model_name: str, repository_name: str) -> str:
+    """KServe's client sends the model's name in field 1, which is Triton's `repository_name`."""
+    return check_id(model_name or repository_name, "model_name")
+
+
+def _versions_on_disk(repository: Path) -> set[tuple[str, str]]:
+    return {(path.parent.parent.name, path.parent.name) for path in repository.glob("*/*/manifest.json")}
+
+
+def _by_number(pair: tuple[str, str]) -> tuple[str, int, str]:
+    model, version = pair
+    return model, int(version) if version.isdecimal() else -1, version
+
+
+def _triton_type(datatype: str) -> Any:
+    return getattr(pb, "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}")
+
+
+def _duration(timer: Timer) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=timer.count, ns=timer.ns)
+
+
+def _statistics(slot: Slot) -> pb.ModelStatistics:
+    stats: VersionStats = slot.stats
+    return pb.ModelStatistics(
+        name=slot.model,
+        version=slot.version,
+        last_inference=stats.last_at_ms,
+        inference_count=stats.num_rows,
+        execution_count=stats.success.count,
+        inference_stats=pb.InferStatistics(
+            success=_duration(stats.success),
+            fail=_duration(stats.failure),
+            queue=_duration(stats.queue),
+            compute_input=_duration(stats.compute_input),
+            compute_infer=_duration(stats.compute_infer),
+            compute_output=_duration(stats.compute_output),
+        ),
+    )
