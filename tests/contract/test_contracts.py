@@ -34,7 +34,7 @@ def test_protos_follow_the_rules() -> None:
 
 def test_importing_the_package_is_light() -> None:
     """STYLE: `import interlock` brings no torch, pydantic or gRPC."""
-    heavy = "torch pydantic grpc numpy onnxruntime fastapi structlog".split()
+    heavy = ["torch", "pydantic", "grpc", "numpy", "onnxruntime", "fastapi", "structlog"]
     code = f"import interlock, sys; found = [m for m in {heavy!r} if m in sys.modules]; sys.exit(', '.join(found) or 0)"
     done = run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,12 @@ def test_public_names() -> None:
 
 def test_rooms_without_torch_start_without_torch() -> None:
     """DESIGN 3: the gateway, the controller and a replica run without torch."""
-    modules = "interlock_gateway.__main__ interlock_controller.__main__ interlock_inference.__main__ interlock_trainer.__main__".split()
+    modules = [
+        "interlock_gateway.__main__",
+        "interlock_controller.__main__",
+        "interlock_inference.__main__",
+        "interlock_trainer.__main__",
+    ]
     for module in modules:
         code = f"import importlib, sys; importlib.import_module({module!r}); sys.exit('torch' if 'torch' in sys.modules else 0)"
         done = run(sys.executable, "-c", code)

@@ -44,7 +44,22 @@ def test_every_role_is_of_an_rpc_that_exists() -> None:
 
 
 def test_what_changes_serving_or_undoes_training_needs_admin() -> None:
-    verbs = ("Swap", "Route", "Rollback", "Quarantine", "Register", "Prepare", "Release", "Drain", "Park", "InjectFault", "Mark", "Export", "Load", "Unload")
+    verbs = (
+        "Swap",
+        "Route",
+        "Rollback",
+        "Quarantine",
+        "Register",
+        "Prepare",
+        "Release",
+        "Drain",
+        "Park",
+        "InjectFault",
+        "Mark",
+        "Export",
+        "Load",
+        "Unload",
+    )
     for method in methods():
         name = method.rsplit("/", 1)[-1]
         if name.startswith(("Get", "List", "Watch")) or not any(verb in name for verb in verbs):

@@ -16,7 +16,9 @@ FILE_BYTES_MAX = 1_000_000
 
 
 def tracked(*patterns: str) -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return [ROOT / line for line in listed.splitlines() if (ROOT / line).is_file()]
 
 
@@ -25,7 +27,11 @@ def sources() -> list[Path]:
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the style test reads git's list of files")
@@ -42,7 +48,11 @@ def test_functions_fit_a_screen() -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    silent = [str(path.relative_to(ROOT)) for path in sources() if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))]
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
     assert not silent, "\n".join(silent)
 
 
@@ -67,7 +77,11 @@ def test_no_module_is_dead() -> None:
         if path.name in {"__init__.py", "__main__.py"} or path.parent.name in {"commands", "recipes"}:
             continue
         name = re.compile(rf"\b{path.stem}\b")
-        if not any(name.search(text) for other, text in corpus.items() if other != path and "tests" not in other.relative_to(ROOT).parts):
+        if not any(
+            name.search(text)
+            for other, text in corpus.items()
+            if other != path and "tests" not in other.relative_to(ROOT).parts
+        ):
             dead.append(str(path.relative_to(ROOT)))
     assert not dead, "\n".join(dead)
 
@@ -86,5 +100,7 @@ def test_a_drawer_is_not_a_name() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef) and pattern.search(node.name)
     ]
-    named += [str(path.relative_to(ROOT)) for path in sources() if path.stem in {"utils", "util", "helpers", "misc", "common"}]
+    named += [
+        str(path.relative_to(ROOT)) for path in sources() if path.stem in {"utils", "util", "helpers", "misc", "common"}
+    ]
     assert not named, "\n".join(named)
