@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import structlog
 import uvicorn
@@ -14,6 +16,7 @@ from interlock.runtime import logging, settings
 from interlock.runtime.access import Keys
 from interlock.runtime.clock import SystemClock
 from interlock.runtime.lifecycle import run, stopping_on_signals
+from interlock.runtime.settings import Settings
 from interlock.runtime.telemetry import telemetry
 from interlock_gateway import web
 from interlock_gateway.app import Gateway
@@ -31,30 +34,37 @@ class _Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
+async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[int], None] = lambda port: None) -> None:
+    """Serves until `stopping`, then finishes what is in flight; `started` is told the port."""
+    keys, clock = Keys(config.home), SystemClock()
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(_listen(config.host, config.gateway.port))
+        await stack.enter_async_context(telemetry("gateway", config.otlp_endpoint))
+        up = await stack.enter_async_context(upstreams(config, keys.internal_key(), clock))
+        predictor = Predictor(up, config.gateway.predict_timeout_seconds, config.gateway.default_model)
+        site = web.build(config, up, predictor, keys)
+        max_body_bytes = config.gateway.max_body_mb << 20
+        server = _Server(
+            _uvicorn_config(Gateway(predictor, site, keys, max_body_bytes=max_body_bytes, host=config.host))
+        )
+        port = listener.getsockname()[1]
+        _log.info("listening", address=f"{config.host}:{port}", keys_required=keys.required)
+        started(port)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.serve(sockets=[listener]))
+            await stopping.wait()
+            await asyncio.sleep(config.probe_interval_seconds)
+            server.should_exit = True
+    _log.info("stopped")
+
+
 async def main() -> None:
-    """Serves until a signal, then finishes what is in flight."""
+    """Reads the settings, then serves until a signal."""
     config = settings.load()
     logging.configure("gateway", config.log_level, config.log_format)
     settings.refuse_exposed(config)
-    keys, clock = Keys(config.home), SystemClock()
     with stopping_on_signals() as stopping:
-        async with telemetry("gateway", config.otlp_endpoint), upstreams(config, keys.internal_key(), clock) as up:
-            predictor = Predictor(up, config.gateway.predict_timeout_seconds, config.gateway.default_model)
-            application = Gateway(
-                predictor,
-                web.build(config, up, predictor, keys),
-                keys,
-                max_body_bytes=config.gateway.max_body_mb << 20,
-                host=config.host,
-            )
-            with _listen(config.host, config.gateway.port) as listener:
-                _log.info("listening", host=config.host, port=listener.getsockname()[1])
-                server = _Server(_uvicorn_config(application))
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(server.serve(sockets=[listener]))
-                    await stopping.wait()
-                    await asyncio.sleep(config.probe_interval_seconds)
-                    server.should_exit = True
+        await serve(config, stopping)
 
 
 def _uvicorn_config(application: Gateway) -> uvicorn.Config:
