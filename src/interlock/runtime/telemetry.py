@@ -31,22 +31,22 @@ def exporting() -> bool:
 async def telemetry(service: str, otlp_endpoint: str = "") -> AsyncIterator[None]:
     """Makes spans for `service` until the block ends, then flushes what is left (at most 2 s)."""
     global _provider, _exporting
-    _provider = TracerProvider(
+    before = _provider, _exporting
+    provider = _provider = TracerProvider(
         resource=Resource.create({"service.name": f"interlock-{service}"}), shutdown_on_exit=False
     )
     if otlp_endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https"), timeout=2)
-        _provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
         _exporting = True
     try:
         yield
     finally:
-        _exporting = False
-        _provider.force_flush(2000)
-        _provider.shutdown()
-        _provider = None
+        _provider, _exporting = before
+        provider.force_flush(2000)
+        provider.shutdown()
 
 
 @contextmanager
