@@ -89,6 +89,7 @@ class Gateway:
         path = scope["path"]
         try:
             self._check_host(headers)
+            self._check_size(int(headers.get(b"content-length", b"0")))
             if is_prediction(scope["method"], path):
                 scope["endpoint_template"] = "/predict" if path == "/predict" else "/v2/models/{model}/infer"
                 await self._predict(scope, headers, receive, send)
@@ -134,17 +135,16 @@ class Gateway:
         async def limited() -> MutableMapping[str, Any]:
             message = await receive()
             reply.request_bytes += len(message.get("body", b""))
-            if reply.request_bytes > self._max_body:
-                limit = self._max_body >> 20
-                raise ResourceExhausted(
-                    f"body: more than {limit} MiB (gateway.max_body_mb)",
-                    reason=problems.TOO_LARGE,
-                    field="body",
-                    metadata={"limit_mib": str(limit)},
-                )
+            self._check_size(reply.request_bytes)
             return message
 
         return limited
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_body:
+            limit = str(self._max_body >> 20)
+            message = f"body: more than {limit} MiB (gateway.max_body_mb)"
+            raise ResourceExhausted(message, reason=problems.TOO_LARGE, field="body", metadata={"limit_mib": limit})
 
     def _counted(self, send: Send, reply: _Reply, request_id: str) -> Send:
         async def counted(message: MutableMapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ from interlock_gateway import codec
 from interlock_gateway.upstreams import Upstreams
 
 INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-IDENTITY = ("version", "step", "digest", "epoch", "trace_id")
-"""Response parameters that say which weights answered; each is also a header `interlock-<name>`."""
+IDENTITY = "interlock-"
+"""Response parameters with this prefix say which weights answered; each is also a header of the same name."""
 BINARY_LENGTH = b"inference-header-content-length"
 
 Answer = tuple[bytes, list[tuple[bytes, bytes]]]
@@ -69,20 +69,23 @@ class Predictor:
         for name, data in _named_inputs(document, signature).items():
             _add(request, name, data, signature)
         answer = await self._call(request, headers)
-        identity = codec.parameters(answer)
         outputs = {
             output.name: np.array(codec.decode_elements(raw, output.datatype)).reshape(tuple(output.shape)).tolist()
             for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
         }
-        reply = {"model": model, "outputs": outputs, **{name: identity[name] for name in IDENTITY if name in identity}}
-        return orjson.dumps(reply), [(b"content-type", b"application/json"), *_identity(identity)]
+        parameters = codec.parameters(answer)
+        identity = {
+            name.removeprefix(IDENTITY): value for name, value in parameters.items() if name.startswith(IDENTITY)
+        }
+        reply = {"model": model, **identity, "version": answer.model_version, "outputs": outputs}
+        return orjson.dumps(reply), [(b"content-type", b"application/json"), *_identity(parameters)]
 
     async def only_model(self) -> str:
         """The model to use when the request names none.
 
         Raises:
             FailedPrecondition: `MODEL_AMBIGUOUS`, naming those that serve.
-            NotFound: `MODEL_UNKNOWN`, when none does.
+            NotFound: `MODEL_NOT_FOUND`, when none does.
         """
         if self._default_model:
             return self._default_model
@@ -95,7 +98,7 @@ class Predictor:
         if not names:
             raise NotFound(
                 "no model serves yet; register one with POST /reload or start a training run",
-                reason="MODEL_UNKNOWN",
+                reason="MODEL_NOT_FOUND",
                 field="model",
             )
         raise FailedPrecondition(
@@ -160,11 +163,7 @@ def _add(request: Any, name: str, data: Any, signature: Any) -> None:
 
 
 def _identity(parameters: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
-    return [
-        (f"interlock-{name.replace('_', '-')}".encode(), str(parameters[name]).encode())
-        for name in IDENTITY
-        if name in parameters
-    ]
+    return [(name.encode(), str(value).encode()) for name, value in parameters.items() if name.startswith(IDENTITY)]
 
 
 def is_prediction(method: str, path: str) -> bool:

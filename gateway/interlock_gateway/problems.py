@@ -74,6 +74,8 @@ def response(
     headers = [(b"content-type", b"application/problem+json")]
     if error.retry_after_seconds is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_seconds))).encode()))
+    if error.reason == TOO_LARGE:
+        headers.append((b"connection", b"close"))  # what is left of the body is not worth reading
     if status_of(error) == 401:
         headers.append((b"www-authenticate", b'ApiKey realm="interlock"'))
     return status_of(error), headers, orjson.dumps(body)

@@ -144,7 +144,7 @@ async def _plain(request: Request, error: Exception) -> Response:
             f"{verb}: the path exists, the method does not; see /docs", reason="METHOD_NOT_ALLOWED"
         )
     elif error.status_code == 404:
-        known = NotFound(f"{verb}: no such path; see /docs", reason="PATH_UNKNOWN")
+        known = NotFound(f"{verb}: no such path; see /docs", reason="PATH_NOT_FOUND")
     else:
         known = InvalidArgument(str(error.detail), reason="INVALID_REQUEST")
     response = await _problem(request, known)

@@ -114,7 +114,7 @@ async def _version_for(up: Upstreams, body: Reload, model: str, change: Any, pri
     )
     usable = [v.name for v in listed.versions if v.state == model_pb.Version.STATE_AVAILABLE]
     if not usable:
-        raise NotFound(f"model {model} has no version that may serve", reason="VERSION_UNKNOWN", field="version")
+        raise NotFound(f"model {model} has no version that may serve", reason="VERSION_NOT_FOUND", field="version")
     return str(usable[0])
 
 
@@ -164,7 +164,7 @@ async def version(request: Request, model: str = "") -> dict[str, Any]:
     models = (await up.call(up.models.ListModels, model_pb.ListModelsRequest(), idempotent=True)).models
     wanted = [m for m in models if not model or m.name == names.model_name(model)]
     if model and not wanted:
-        raise NotFound(f"model {model!r} is not registered", reason="MODEL_UNKNOWN", field="model")
+        raise NotFound(f"model {model!r} is not registered", reason="MODEL_NOT_FOUND", field="model")
     serving = [await _serving(up, m) for m in wanted]
     first = serving[0] if len(serving) == 1 else {}
     return {"interlock": interlock.__version__, **first, "models": serving}

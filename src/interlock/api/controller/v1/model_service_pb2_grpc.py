@@ -86,7 +86,7 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Reads one model. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s.
+        """Reads one model. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,14 +100,14 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListVersions(self, request, context):
-        """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s.
+        """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollbackModel(self, request, context):
-        """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_UNKNOWN),
+        """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_NOT_FOUND),
         FAILED_PRECONDITION (NO_EARLIER_VERSION, QUARANTINED), ABORTED (SWAP_IN_PROGRESS). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -115,7 +115,7 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Quarantine(self, request, context):
-        """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_UNKNOWN).
+        """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_NOT_FOUND).
         Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -123,8 +123,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Explain(self, request, context):
-        """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_UNKNOWN,
-        VERSION_UNKNOWN). Deadline: 5 s.
+        """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_NOT_FOUND,
+        VERSION_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,22 +39,22 @@ class ModelServiceStub:
     QUARANTINED). Deadline: 60 s.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
-    """Reads one model. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+    """Reads one model. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
     """Lists models with what serves. Deadline: 5 s."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListVersionsRequest, _model_service_pb2.ListVersionsResponse]
-    """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+    """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
     RollbackModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.RollbackModelRequest, _model_service_pb2.RollbackModelResponse]
-    """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_UNKNOWN),
+    """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_NOT_FOUND),
     FAILED_PRECONDITION (NO_EARLIER_VERSION, QUARANTINED), ABORTED (SWAP_IN_PROGRESS). Deadline: 5 s.
     """
     Quarantine: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.QuarantineRequest, _model_service_pb2.QuarantineResponse]
-    """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_UNKNOWN).
+    """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_NOT_FOUND).
     Deadline: 5 s.
     """
     Explain: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ExplainRequest, _model_service_pb2.ExplainResponse]
-    """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_UNKNOWN,
-    VERSION_UNKNOWN). Deadline: 5 s.
+    """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_NOT_FOUND,
+    VERSION_NOT_FOUND). Deadline: 5 s.
     """
 
 @_typing.type_check_only
@@ -68,22 +68,22 @@ class ModelServiceAsyncStub(ModelServiceStub):
     QUARANTINED). Deadline: 60 s.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Reads one model. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+    """Reads one model. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists models with what serves. Deadline: 5 s."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListVersionsRequest, _model_service_pb2.ListVersionsResponse]  # type: ignore[assignment]
-    """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+    """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
     RollbackModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.RollbackModelRequest, _model_service_pb2.RollbackModelResponse]  # type: ignore[assignment]
-    """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_UNKNOWN),
+    """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_NOT_FOUND),
     FAILED_PRECONDITION (NO_EARLIER_VERSION, QUARANTINED), ABORTED (SWAP_IN_PROGRESS). Deadline: 5 s.
     """
     Quarantine: _aio.UnaryUnaryMultiCallable[_model_service_pb2.QuarantineRequest, _model_service_pb2.QuarantineResponse]  # type: ignore[assignment]
-    """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_UNKNOWN).
+    """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_NOT_FOUND).
     Deadline: 5 s.
     """
     Explain: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ExplainRequest, _model_service_pb2.ExplainResponse]  # type: ignore[assignment]
-    """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_UNKNOWN,
-    VERSION_UNKNOWN). Deadline: 5 s.
+    """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_NOT_FOUND,
+    VERSION_NOT_FOUND). Deadline: 5 s.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -106,7 +106,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.GetModelResponse, _abc.Awaitable[_model_service_pb2.GetModelResponse]]:
-        """Reads one model. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+        """Reads one model. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -122,7 +122,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListVersionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListVersionsResponse, _abc.Awaitable[_model_service_pb2.ListVersionsResponse]]:
-        """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+        """Lists a model's versions, newest first. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def RollbackModel(
@@ -130,7 +130,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.RollbackModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.RollbackModelResponse, _abc.Awaitable[_model_service_pb2.RollbackModelResponse]]:
-        """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_UNKNOWN),
+        """Moves a model back to an earlier version by a swap. Idempotent by request_id. Errors: NOT_FOUND (VERSION_NOT_FOUND),
         FAILED_PRECONDITION (NO_EARLIER_VERSION, QUARANTINED), ABORTED (SWAP_IN_PROGRESS). Deadline: 5 s.
         """
 
@@ -140,7 +140,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.QuarantineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.QuarantineResponse, _abc.Awaitable[_model_service_pb2.QuarantineResponse]]:
-        """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_UNKNOWN).
+        """Forbids a version; if it serves, traffic goes back to the last good one. Idempotent. Errors: NOT_FOUND (VERSION_NOT_FOUND).
         Deadline: 5 s.
         """
 
@@ -150,8 +150,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ExplainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ExplainResponse, _abc.Awaitable[_model_service_pb2.ExplainResponse]]:
-        """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_UNKNOWN,
-        VERSION_UNKNOWN). Deadline: 5 s.
+        """Tells the whole story of what serves: version, checkpoint, run, swaps, rollbacks. Read-only. Errors: NOT_FOUND (MODEL_NOT_FOUND,
+        VERSION_NOT_FOUND). Deadline: 5 s.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -57,7 +57,7 @@ class PolicyServiceServicer:
     """
 
     def GetPolicy(self, request, context):
-        """Reads a policy. Errors: NOT_FOUND (POLICY_UNKNOWN). Deadline: 5 s.
+        """Reads a policy. Errors: NOT_FOUND (POLICY_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

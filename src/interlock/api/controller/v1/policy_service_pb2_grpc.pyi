@@ -34,7 +34,7 @@ class PolicyServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PolicyServiceAsyncStub: ...
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
-    """Reads a policy. Errors: NOT_FOUND (POLICY_UNKNOWN). Deadline: 5 s."""
+    """Reads a policy. Errors: NOT_FOUND (POLICY_NOT_FOUND). Deadline: 5 s."""
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]
     """Lists policies. Deadline: 5 s."""
     Backtest: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.BacktestRequest, _policy_service_pb2.BacktestResponse]
@@ -46,7 +46,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
-    """Reads a policy. Errors: NOT_FOUND (POLICY_UNKNOWN). Deadline: 5 s."""
+    """Reads a policy. Errors: NOT_FOUND (POLICY_NOT_FOUND). Deadline: 5 s."""
     ListPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]  # type: ignore[assignment]
     """Lists policies. Deadline: 5 s."""
     Backtest: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.BacktestRequest, _policy_service_pb2.BacktestResponse]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.GetPolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.GetPolicyResponse, _abc.Awaitable[_policy_service_pb2.GetPolicyResponse]]:
-        """Reads a policy. Errors: NOT_FOUND (POLICY_UNKNOWN). Deadline: 5 s."""
+        """Reads a policy. Errors: NOT_FOUND (POLICY_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def ListPolicies(

@@ -78,7 +78,7 @@ class RollbackServiceServicer:
 
     def RollbackRun(self, request, context):
         """A person rolls a run back; versions that descend from checkpoints younger than the target are flagged, and reverted if they
-        serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_UNKNOWN, CHECKPOINT_UNKNOWN), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
+        serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_NOT_FOUND, CHECKPOINT_NOT_FOUND), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
         15 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

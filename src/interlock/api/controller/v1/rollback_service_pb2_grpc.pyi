@@ -41,7 +41,7 @@ class RollbackServiceStub:
     """A trainer reports a rollback it decided by itself, or the outcome of one. Idempotent by rollback_id. Deadline: 5 s."""
     RollbackRun: _grpc.UnaryUnaryMultiCallable[_rollback_service_pb2.RollbackRunRequest, _rollback_service_pb2.RollbackRunResponse]
     """A person rolls a run back; versions that descend from checkpoints younger than the target are flagged, and reverted if they
-    serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_UNKNOWN, CHECKPOINT_UNKNOWN), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
+    serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_NOT_FOUND, CHECKPOINT_NOT_FOUND), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
     15 s.
     """
     ListRollbacks: _grpc.UnaryUnaryMultiCallable[_rollback_service_pb2.ListRollbacksRequest, _rollback_service_pb2.ListRollbacksResponse]
@@ -60,7 +60,7 @@ class RollbackServiceAsyncStub(RollbackServiceStub):
     """A trainer reports a rollback it decided by itself, or the outcome of one. Idempotent by rollback_id. Deadline: 5 s."""
     RollbackRun: _aio.UnaryUnaryMultiCallable[_rollback_service_pb2.RollbackRunRequest, _rollback_service_pb2.RollbackRunResponse]  # type: ignore[assignment]
     """A person rolls a run back; versions that descend from checkpoints younger than the target are flagged, and reverted if they
-    serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_UNKNOWN, CHECKPOINT_UNKNOWN), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
+    serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_NOT_FOUND, CHECKPOINT_NOT_FOUND), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
     15 s.
     """
     ListRollbacks: _aio.UnaryUnaryMultiCallable[_rollback_service_pb2.ListRollbacksRequest, _rollback_service_pb2.ListRollbacksResponse]  # type: ignore[assignment]
@@ -94,7 +94,7 @@ class RollbackServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rollback_service_pb2.RollbackRunResponse, _abc.Awaitable[_rollback_service_pb2.RollbackRunResponse]]:
         """A person rolls a run back; versions that descend from checkpoints younger than the target are flagged, and reverted if they
-        serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_UNKNOWN, CHECKPOINT_UNKNOWN), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
+        serve. Idempotent by request_id. Errors: NOT_FOUND (RUN_NOT_FOUND, CHECKPOINT_NOT_FOUND), UNAVAILABLE (TRAINER_UNREACHABLE). Deadline:
         15 s.
         """
 

@@ -57,7 +57,7 @@ class RouteServiceServicer:
     """
 
     def GetRoute(self, request, context):
-        """Reads a route. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s.
+        """Reads a route. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

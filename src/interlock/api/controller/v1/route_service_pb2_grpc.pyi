@@ -34,7 +34,7 @@ class RouteServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RouteServiceAsyncStub: ...
     GetRoute: _grpc.UnaryUnaryMultiCallable[_route_service_pb2.GetRouteRequest, _route_service_pb2.GetRouteResponse]
-    """Reads a route. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+    """Reads a route. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
     SetRoute: _grpc.UnaryUnaryMultiCallable[_route_service_pb2.SetRouteRequest, _route_service_pb2.SetRouteResponse]
     """Replaces a route by compare-and-set. Errors: ABORTED (STALE_EPOCH, SWAP_IN_PROGRESS), FAILED_PRECONDITION (VERSION_NOT_READY),
     INVALID_ARGUMENT (INVALID_WEIGHTS). Deadline: 5 s.
@@ -48,7 +48,7 @@ class RouteServiceAsyncStub(RouteServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetRoute: _aio.UnaryUnaryMultiCallable[_route_service_pb2.GetRouteRequest, _route_service_pb2.GetRouteResponse]  # type: ignore[assignment]
-    """Reads a route. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+    """Reads a route. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
     SetRoute: _aio.UnaryUnaryMultiCallable[_route_service_pb2.SetRouteRequest, _route_service_pb2.SetRouteResponse]  # type: ignore[assignment]
     """Replaces a route by compare-and-set. Errors: ABORTED (STALE_EPOCH, SWAP_IN_PROGRESS), FAILED_PRECONDITION (VERSION_NOT_READY),
     INVALID_ARGUMENT (INVALID_WEIGHTS). Deadline: 5 s.
@@ -65,7 +65,7 @@ class RouteServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _route_service_pb2.GetRouteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_route_service_pb2.GetRouteResponse, _abc.Awaitable[_route_service_pb2.GetRouteResponse]]:
-        """Reads a route. Errors: NOT_FOUND (MODEL_UNKNOWN). Deadline: 5 s."""
+        """Reads a route. Errors: NOT_FOUND (MODEL_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def SetRoute(

@@ -102,7 +102,7 @@ class SwapServiceServicer:
     """
 
     def CreateSwap(self, request, context):
-        """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_UNKNOWN, VERSION_UNKNOWN), ABORTED
+        """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
         (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -110,7 +110,7 @@ class SwapServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetSwap(self, request, context):
-        """Reads one swap. Errors: NOT_FOUND (SWAP_UNKNOWN). Deadline: 5 s.
+        """Reads one swap. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +125,7 @@ class SwapServiceServicer:
 
     def WatchSwap(self, request, context):
         """Streams a swap: the current snapshot at once, then after every change; ends after a terminal state. Resumes from a revision.
-        Errors: NOT_FOUND (SWAP_UNKNOWN).
+        Errors: NOT_FOUND (SWAP_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,7 +182,7 @@ class SwapServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetReceipt(self, request, context):
-        """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_UNKNOWN), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s.
+        """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_NOT_FOUND), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

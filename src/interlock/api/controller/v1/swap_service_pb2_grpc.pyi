@@ -34,16 +34,16 @@ class SwapServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SwapServiceAsyncStub: ...
     CreateSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.CreateSwapRequest, _swap_service_pb2.CreateSwapResponse]
-    """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_UNKNOWN, VERSION_UNKNOWN), ABORTED
+    """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
     (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
     """
     GetSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.GetSwapRequest, _swap_service_pb2.GetSwapResponse]
-    """Reads one swap. Errors: NOT_FOUND (SWAP_UNKNOWN). Deadline: 5 s."""
+    """Reads one swap. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
     ListSwaps: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.ListSwapsRequest, _swap_service_pb2.ListSwapsResponse]
     """Lists swaps, newest first. Deadline: 5 s."""
     WatchSwap: _grpc.UnaryStreamMultiCallable[_swap_service_pb2.WatchSwapRequest, _swap_service_pb2.WatchSwapResponse]
     """Streams a swap: the current snapshot at once, then after every change; ends after a terminal state. Resumes from a revision.
-    Errors: NOT_FOUND (SWAP_UNKNOWN).
+    Errors: NOT_FOUND (SWAP_NOT_FOUND).
     """
     ApproveSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.ApproveSwapRequest, _swap_service_pb2.ApproveSwapResponse]
     """Lets a gated swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
@@ -62,7 +62,7 @@ class SwapServiceStub:
     ValidateSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.ValidateSwapRequest, _swap_service_pb2.ValidateSwapResponse]
     """Says what CreateSwap would do, changing nothing. Errors as CreateSwap. Deadline: 10 s."""
     GetReceipt: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.GetReceiptRequest, _swap_service_pb2.GetReceiptResponse]
-    """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_UNKNOWN), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s."""
+    """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_NOT_FOUND), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s."""
 
 @_typing.type_check_only
 class SwapServiceAsyncStub(SwapServiceStub):
@@ -70,16 +70,16 @@ class SwapServiceAsyncStub(SwapServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.CreateSwapRequest, _swap_service_pb2.CreateSwapResponse]  # type: ignore[assignment]
-    """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_UNKNOWN, VERSION_UNKNOWN), ABORTED
+    """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
     (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
     """
     GetSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.GetSwapRequest, _swap_service_pb2.GetSwapResponse]  # type: ignore[assignment]
-    """Reads one swap. Errors: NOT_FOUND (SWAP_UNKNOWN). Deadline: 5 s."""
+    """Reads one swap. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
     ListSwaps: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.ListSwapsRequest, _swap_service_pb2.ListSwapsResponse]  # type: ignore[assignment]
     """Lists swaps, newest first. Deadline: 5 s."""
     WatchSwap: _aio.UnaryStreamMultiCallable[_swap_service_pb2.WatchSwapRequest, _swap_service_pb2.WatchSwapResponse]  # type: ignore[assignment]
     """Streams a swap: the current snapshot at once, then after every change; ends after a terminal state. Resumes from a revision.
-    Errors: NOT_FOUND (SWAP_UNKNOWN).
+    Errors: NOT_FOUND (SWAP_NOT_FOUND).
     """
     ApproveSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.ApproveSwapRequest, _swap_service_pb2.ApproveSwapResponse]  # type: ignore[assignment]
     """Lets a gated swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
@@ -98,7 +98,7 @@ class SwapServiceAsyncStub(SwapServiceStub):
     ValidateSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.ValidateSwapRequest, _swap_service_pb2.ValidateSwapResponse]  # type: ignore[assignment]
     """Says what CreateSwap would do, changing nothing. Errors as CreateSwap. Deadline: 10 s."""
     GetReceipt: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.GetReceiptRequest, _swap_service_pb2.GetReceiptResponse]  # type: ignore[assignment]
-    """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_UNKNOWN), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s."""
+    """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_NOT_FOUND), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s."""
 
 class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
     """Creates, follows and steers swaps. A swap is a resource with a history, not an operation."""
@@ -109,7 +109,7 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _swap_service_pb2.CreateSwapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.CreateSwapResponse, _abc.Awaitable[_swap_service_pb2.CreateSwapResponse]]:
-        """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_UNKNOWN, VERSION_UNKNOWN), ABORTED
+        """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
         (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
         """
 
@@ -119,7 +119,7 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _swap_service_pb2.GetSwapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.GetSwapResponse, _abc.Awaitable[_swap_service_pb2.GetSwapResponse]]:
-        """Reads one swap. Errors: NOT_FOUND (SWAP_UNKNOWN). Deadline: 5 s."""
+        """Reads one swap. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def ListSwaps(
@@ -136,7 +136,7 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_swap_service_pb2.WatchSwapResponse], _abc.AsyncIterator[_swap_service_pb2.WatchSwapResponse]]:
         """Streams a swap: the current snapshot at once, then after every change; ends after a terminal state. Resumes from a revision.
-        Errors: NOT_FOUND (SWAP_UNKNOWN).
+        Errors: NOT_FOUND (SWAP_NOT_FOUND).
         """
 
     @_abc_1.abstractmethod
@@ -203,6 +203,6 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _swap_service_pb2.GetReceiptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.GetReceiptResponse, _abc.Awaitable[_swap_service_pb2.GetReceiptResponse]]:
-        """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_UNKNOWN), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s."""
+        """Reads the receipt of an ended swap. Errors: NOT_FOUND (SWAP_NOT_FOUND), FAILED_PRECONDITION (SWAP_RUNNING). Deadline: 5 s."""
 
 def add_SwapServiceServicer_to_server(servicer: SwapServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

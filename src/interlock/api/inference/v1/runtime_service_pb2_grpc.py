@@ -98,7 +98,7 @@ class RuntimeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Warm(self, request, context):
-        """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_UNKNOWN), FAILED_PRECONDITION
+        """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_NOT_FOUND), FAILED_PRECONDITION
         (WARMUP_FAILED). Deadline: 60 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -107,7 +107,7 @@ class RuntimeServiceServicer:
 
     def Compare(self, request, context):
         """Runs the same inputs through two ready versions and reports how far their outputs are apart. Read-only. Errors: NOT_FOUND
-        (SLOT_UNKNOWN). Deadline: 60 s.
+        (SLOT_NOT_FOUND). Deadline: 60 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,12 +41,12 @@ class RuntimeServiceStub:
     SIGNATURE_MISMATCH), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT). Deadline: 120 s.
     """
     Warm: _grpc.UnaryUnaryMultiCallable[_runtime_service_pb2.WarmRequest, _runtime_service_pb2.WarmResponse]
-    """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_UNKNOWN), FAILED_PRECONDITION
+    """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_NOT_FOUND), FAILED_PRECONDITION
     (WARMUP_FAILED). Deadline: 60 s.
     """
     Compare: _grpc.UnaryUnaryMultiCallable[_runtime_service_pb2.CompareRequest, _runtime_service_pb2.CompareResponse]
     """Runs the same inputs through two ready versions and reports how far their outputs are apart. Read-only. Errors: NOT_FOUND
-    (SLOT_UNKNOWN). Deadline: 60 s.
+    (SLOT_NOT_FOUND). Deadline: 60 s.
     """
     ApplyRoute: _grpc.UnaryUnaryMultiCallable[_runtime_service_pb2.ApplyRouteRequest, _runtime_service_pb2.ApplyRouteResponse]
     """Replaces the model's route on this replica. Idempotent for the same epoch and weights. Errors: ABORTED (STALE_EPOCH,
@@ -80,12 +80,12 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     SIGNATURE_MISMATCH), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT). Deadline: 120 s.
     """
     Warm: _aio.UnaryUnaryMultiCallable[_runtime_service_pb2.WarmRequest, _runtime_service_pb2.WarmResponse]  # type: ignore[assignment]
-    """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_UNKNOWN), FAILED_PRECONDITION
+    """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_NOT_FOUND), FAILED_PRECONDITION
     (WARMUP_FAILED). Deadline: 60 s.
     """
     Compare: _aio.UnaryUnaryMultiCallable[_runtime_service_pb2.CompareRequest, _runtime_service_pb2.CompareResponse]  # type: ignore[assignment]
     """Runs the same inputs through two ready versions and reports how far their outputs are apart. Read-only. Errors: NOT_FOUND
-    (SLOT_UNKNOWN). Deadline: 60 s.
+    (SLOT_NOT_FOUND). Deadline: 60 s.
     """
     ApplyRoute: _aio.UnaryUnaryMultiCallable[_runtime_service_pb2.ApplyRouteRequest, _runtime_service_pb2.ApplyRouteResponse]  # type: ignore[assignment]
     """Replaces the model's route on this replica. Idempotent for the same epoch and weights. Errors: ABORTED (STALE_EPOCH,
@@ -128,7 +128,7 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _runtime_service_pb2.WarmRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_runtime_service_pb2.WarmResponse, _abc.Awaitable[_runtime_service_pb2.WarmResponse]]:
-        """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_UNKNOWN), FAILED_PRECONDITION
+        """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_NOT_FOUND), FAILED_PRECONDITION
         (WARMUP_FAILED). Deadline: 60 s.
         """
 
@@ -139,7 +139,7 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_runtime_service_pb2.CompareResponse, _abc.Awaitable[_runtime_service_pb2.CompareResponse]]:
         """Runs the same inputs through two ready versions and reports how far their outputs are apart. Read-only. Errors: NOT_FOUND
-        (SLOT_UNKNOWN). Deadline: 60 s.
+        (SLOT_NOT_FOUND). Deadline: 60 s.
         """
 
     @_abc_1.abstractmethod

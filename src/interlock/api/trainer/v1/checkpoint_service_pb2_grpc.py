@@ -80,21 +80,21 @@ class CheckpointServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s.
+        """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pin(self, request, context):
-        """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 5 s.
+        """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Mark(self, request, context):
-        """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+        """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
         FAILED_PRECONDITION (QUARANTINED). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -102,7 +102,7 @@ class CheckpointServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Verify(self, request, context):
-        """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+        """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
         DATA_LOSS (DIGEST_MISMATCH). Deadline: 60 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,15 +38,15 @@ class CheckpointServiceStub:
     (LOOP_DETACHED), FAILED_PRECONDITION (SAVE_FAILED). Deadline: 60 s.
     """
     List: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ListRequest, _checkpoint_service_pb2.ListResponse]
-    """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s."""
+    """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
     Pin: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.PinRequest, _checkpoint_service_pb2.PinResponse]
-    """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 5 s."""
+    """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 5 s."""
     Mark: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.MarkRequest, _checkpoint_service_pb2.MarkResponse]
-    """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+    """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
     FAILED_PRECONDITION (QUARANTINED). Deadline: 5 s.
     """
     Verify: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.VerifyRequest, _checkpoint_service_pb2.VerifyResponse]
-    """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+    """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
     DATA_LOSS (DIGEST_MISMATCH). Deadline: 60 s.
     """
     Export: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ExportRequest, _checkpoint_service_pb2.ExportResponse]
@@ -64,15 +64,15 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     (LOOP_DETACHED), FAILED_PRECONDITION (SAVE_FAILED). Deadline: 60 s.
     """
     List: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ListRequest, _checkpoint_service_pb2.ListResponse]  # type: ignore[assignment]
-    """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s."""
+    """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
     Pin: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.PinRequest, _checkpoint_service_pb2.PinResponse]  # type: ignore[assignment]
-    """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 5 s."""
+    """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 5 s."""
     Mark: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.MarkRequest, _checkpoint_service_pb2.MarkResponse]  # type: ignore[assignment]
-    """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+    """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
     FAILED_PRECONDITION (QUARANTINED). Deadline: 5 s.
     """
     Verify: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.VerifyRequest, _checkpoint_service_pb2.VerifyResponse]  # type: ignore[assignment]
-    """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+    """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
     DATA_LOSS (DIGEST_MISMATCH). Deadline: 60 s.
     """
     Export: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ExportRequest, _checkpoint_service_pb2.ExportResponse]  # type: ignore[assignment]
@@ -99,7 +99,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.ListResponse, _abc.Awaitable[_checkpoint_service_pb2.ListResponse]]:
-        """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s."""
+        """Lists checkpoints, youngest first. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def Pin(
@@ -107,7 +107,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.PinRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.PinResponse, _abc.Awaitable[_checkpoint_service_pb2.PinResponse]]:
-        """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 5 s."""
+        """Keeps a checkpoint from retention, or lets it go again. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def Mark(
@@ -115,7 +115,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.MarkRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.MarkResponse, _abc.Awaitable[_checkpoint_service_pb2.MarkResponse]]:
-        """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+        """Marks a checkpoint good or quarantined by a person's judgement. Idempotent. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
         FAILED_PRECONDITION (QUARANTINED). Deadline: 5 s.
         """
 
@@ -125,7 +125,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.VerifyResponse, _abc.Awaitable[_checkpoint_service_pb2.VerifyResponse]]:
-        """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_UNKNOWN),
+        """Reads every byte of a checkpoint and compares digests. Read-only; damage quarantines it. Errors: NOT_FOUND (CHECKPOINT_NOT_FOUND),
         DATA_LOSS (DIGEST_MISMATCH). Deadline: 60 s.
         """
 

@@ -53,14 +53,14 @@ class MetricsServiceServicer:
 
     def StreamStepMetrics(self, request, context):
         """Streams records from a sequence number on: first the log, then live ones, without a gap or a duplicate, across restarts of either
-        side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_UNKNOWN).
+        side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QueryStepMetrics(self, request, context):
-        """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 10 s.
+        """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 10 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,10 +35,10 @@ class MetricsServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MetricsServiceAsyncStub: ...
     StreamStepMetrics: _grpc.UnaryStreamMultiCallable[_metrics_service_pb2.StreamStepMetricsRequest, _metrics_service_pb2.StreamStepMetricsResponse]
     """Streams records from a sequence number on: first the log, then live ones, without a gap or a duplicate, across restarts of either
-    side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_UNKNOWN).
+    side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_NOT_FOUND).
     """
     QueryStepMetrics: _grpc.UnaryUnaryMultiCallable[_metrics_service_pb2.QueryStepMetricsRequest, _metrics_service_pb2.QueryStepMetricsResponse]
-    """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 10 s."""
+    """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 10 s."""
 
 @_typing.type_check_only
 class MetricsServiceAsyncStub(MetricsServiceStub):
@@ -47,10 +47,10 @@ class MetricsServiceAsyncStub(MetricsServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     StreamStepMetrics: _aio.UnaryStreamMultiCallable[_metrics_service_pb2.StreamStepMetricsRequest, _metrics_service_pb2.StreamStepMetricsResponse]  # type: ignore[assignment]
     """Streams records from a sequence number on: first the log, then live ones, without a gap or a duplicate, across restarts of either
-    side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_UNKNOWN).
+    side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_NOT_FOUND).
     """
     QueryStepMetrics: _aio.UnaryUnaryMultiCallable[_metrics_service_pb2.QueryStepMetricsRequest, _metrics_service_pb2.QueryStepMetricsResponse]  # type: ignore[assignment]
-    """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 10 s."""
+    """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 10 s."""
 
 class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads step records. Nothing is overwritten by a rollback: records carry the attempt they belong to."""
@@ -62,7 +62,7 @@ class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_metrics_service_pb2.StreamStepMetricsResponse], _abc.AsyncIterator[_metrics_service_pb2.StreamStepMetricsResponse]]:
         """Streams records from a sequence number on: first the log, then live ones, without a gap or a duplicate, across restarts of either
-        side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_UNKNOWN).
+        side. Ends after the run's last record once the run has ended. Errors: NOT_FOUND (RUN_NOT_FOUND).
         """
 
     @_abc_1.abstractmethod
@@ -71,6 +71,6 @@ class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _metrics_service_pb2.QueryStepMetricsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_metrics_service_pb2.QueryStepMetricsResponse, _abc.Awaitable[_metrics_service_pb2.QueryStepMetricsResponse]]:
-        """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 10 s."""
+        """Reads records of a range of steps or sequence numbers. Read-only. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 10 s."""
 
 def add_MetricsServiceServicer_to_server(servicer: MetricsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

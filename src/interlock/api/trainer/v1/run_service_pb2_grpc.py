@@ -102,7 +102,7 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
-        """Reads one run. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s.
+        """Reads one run. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +138,7 @@ class RunServiceServicer:
 
     def RollbackRun(self, request, context):
         """Rolls the run back to a checkpoint. Idempotent by request_id. Errors: FAILED_PRECONDITION (RUN_ENDED, NO_GOOD_CHECKPOINT),
-        NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 10 s.
+        NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 10 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

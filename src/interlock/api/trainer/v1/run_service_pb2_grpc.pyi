@@ -40,7 +40,7 @@ class RunServiceStub:
     INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS). Deadline: 10 s.
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
-    """Reads one run. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s."""
+    """Reads one run. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]
     """Lists runs, newest first. Deadline: 5 s."""
     PauseRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.PauseRunRequest, _run_service_pb2.PauseRunResponse]
@@ -51,7 +51,7 @@ class RunServiceStub:
     """Saves a checkpoint and ends the run. Idempotent. Deadline: 30 s."""
     RollbackRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.RollbackRunRequest, _run_service_pb2.RollbackRunResponse]
     """Rolls the run back to a checkpoint. Idempotent by request_id. Errors: FAILED_PRECONDITION (RUN_ENDED, NO_GOOD_CHECKPOINT),
-    NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 10 s.
+    NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 10 s.
     """
     InjectFault: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.InjectFaultRequest, _run_service_pb2.InjectFaultResponse]
     """Injects a fault into a running recipe, for drills. Not idempotent. Errors: INVALID_ARGUMENT (UNKNOWN_FAULT). Deadline: 5 s."""
@@ -74,7 +74,7 @@ class RunServiceAsyncStub(RunServiceStub):
     INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS). Deadline: 10 s.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]  # type: ignore[assignment]
-    """Reads one run. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s."""
+    """Reads one run. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Lists runs, newest first. Deadline: 5 s."""
     PauseRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.PauseRunRequest, _run_service_pb2.PauseRunResponse]  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class RunServiceAsyncStub(RunServiceStub):
     """Saves a checkpoint and ends the run. Idempotent. Deadline: 30 s."""
     RollbackRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.RollbackRunRequest, _run_service_pb2.RollbackRunResponse]  # type: ignore[assignment]
     """Rolls the run back to a checkpoint. Idempotent by request_id. Errors: FAILED_PRECONDITION (RUN_ENDED, NO_GOOD_CHECKPOINT),
-    NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 10 s.
+    NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 10 s.
     """
     InjectFault: _aio.UnaryUnaryMultiCallable[_run_service_pb2.InjectFaultRequest, _run_service_pb2.InjectFaultResponse]  # type: ignore[assignment]
     """Injects a fault into a running recipe, for drills. Not idempotent. Errors: INVALID_ARGUMENT (UNKNOWN_FAULT). Deadline: 5 s."""
@@ -117,7 +117,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.GetRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.GetRunResponse, _abc.Awaitable[_run_service_pb2.GetRunResponse]]:
-        """Reads one run. Errors: NOT_FOUND (RUN_UNKNOWN). Deadline: 5 s."""
+        """Reads one run. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def ListRuns(
@@ -158,7 +158,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.RollbackRunResponse, _abc.Awaitable[_run_service_pb2.RollbackRunResponse]]:
         """Rolls the run back to a checkpoint. Idempotent by request_id. Errors: FAILED_PRECONDITION (RUN_ENDED, NO_GOOD_CHECKPOINT),
-        NOT_FOUND (CHECKPOINT_UNKNOWN). Deadline: 10 s.
+        NOT_FOUND (CHECKPOINT_NOT_FOUND). Deadline: 10 s.
         """
 
     @_abc_1.abstractmethod
