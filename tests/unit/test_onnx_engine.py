@@ -11,12 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_models
 from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound
+from interlock.runtime.arrays import NUMPY_TYPES
 from interlock.stores import artifacts
 from interlock_inference import repository
 from interlock_inference.engines import Engine, made_up_inputs
 from interlock_inference.engines import onnx as onnx_engine
 from interlock_inference.engines.onnx import OnnxOptions
-from interlock_inference.tensors import NUMPY_TYPES
 
 OPTIONS = OnnxOptions()
 

@@ -10,22 +10,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from interlock.errors import InvalidArgument
+from interlock.runtime import arrays
 from interlock.stores.artifacts import TensorSpec
 from interlock_inference import tensors
 from interlock_inference.engines import Signature
 from interlock_inference.tensors import Described
 
-NUMERIC = sorted(set(tensors.NUMPY_TYPES) - {"BYTES"})
+NUMERIC = sorted(set(arrays.NUMPY_TYPES) - {"BYTES"})
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
 
 
 @given(data=st.data(), datatype=st.sampled_from(NUMERIC), shape=SHAPES)
 def test_raw_round_trip(data: st.DataObject, datatype: str, shape: tuple[int, ...]) -> None:
-    array = data.draw(hnp.arrays(tensors.NUMPY_TYPES[datatype], shape))
-    raw = tensors.encode_raw(array, datatype)
+    array = data.draw(hnp.arrays(arrays.NUMPY_TYPES[datatype], shape))
+    raw = arrays.encode_raw(array, datatype)
     back = tensors.decode_raw(Described("x", datatype, shape), raw, 0)
     assert back.shape == shape
-    assert back.dtype == tensors.NUMPY_TYPES[datatype]
+    assert back.dtype == arrays.NUMPY_TYPES[datatype]
     assert back.tobytes() == array.tobytes()
 
 
@@ -33,7 +34,7 @@ def test_raw_round_trip(data: st.DataObject, datatype: str, shape: tuple[int, ..
 def test_bytes_round_trip(items: list[bytes]) -> None:
     array = np.empty(len(items), dtype=object)
     array[:] = items
-    raw = tensors.encode_raw(array, "BYTES")
+    raw = arrays.encode_raw(array, "BYTES")
     assert list(tensors.decode_raw(Described("x", "BYTES", (len(items),)), raw, 0)) == items
 
 
@@ -60,7 +61,7 @@ def test_typed_round_trip(datatype: str) -> None:
     values: list[Any] = [b"a", b""] if datatype == "BYTES" else [1, 0]
     array = tensors.decode_typed(Described("x", datatype, (2, 1)), values, 0)
     assert array.shape == (2, 1)
-    assert array.dtype == tensors.NUMPY_TYPES[datatype]
+    assert array.dtype == arrays.NUMPY_TYPES[datatype]
     assert array.ravel().tolist() == values
 
 

@@ -8,7 +8,6 @@ names the field.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,25 +15,10 @@ from typing import Any
 import numpy as np
 
 from interlock.errors import InvalidArgument
+from interlock.runtime.arrays import LENGTH, NUMPY_TYPES
 from interlock.stores.artifacts import TensorSpec
 from interlock_inference.engines import Array, Signature
 
-NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype(np.uint8),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype(np.int8),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-    "BF16": np.dtype("<u2"),
-    "BYTES": np.dtype(object),
-}
 TYPED_FIELDS: Mapping[str, str] = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -55,7 +39,6 @@ MAX_RANK = 32
 MAX_ELEMENTS = (
     2**40
 )  # far above any body that fits in a message: only there so that a product of dimensions stays a sane number
-_LENGTH = struct.Struct("<I")
 
 
 def invalid(field: str, message: str, **metadata: str) -> InvalidArgument:
@@ -154,15 +137,15 @@ def decode_raw(tensor: Described, raw: bytes, index: int) -> Array:
 
 def _decode_bytes(raw: bytes, count: int, index: int) -> Array:
     field = f"raw_input_contents[{index}]"
-    if count * _LENGTH.size > len(raw):
+    if count * LENGTH.size > len(raw):
         raise invalid(field, f"{len(raw)} bytes can't hold {count} BYTES elements, each led by 4 bytes of length")
     elements = np.empty(count, dtype=object)
     offset = 0
     for position in range(count):
-        if offset + _LENGTH.size > len(raw):
+        if offset + LENGTH.size > len(raw):
             raise invalid(field, f"cut off in the length of BYTES element {position} of {count}")
-        (length,) = _LENGTH.unpack_from(raw, offset)
-        offset += _LENGTH.size
+        (length,) = LENGTH.unpack_from(raw, offset)
+        offset += LENGTH.size
         if offset + length > len(raw):
             raise invalid(
                 field, f"BYTES element {position} of {count} says {length} bytes, {len(raw) - offset} are left"
@@ -208,10 +191,3 @@ def _in_range(tensor: Described, array: Array, field: str) -> Array:
                 input=tensor.name,
             )
     return array.astype(dtype, copy=False)
-
-
-def encode_raw(array: Array, datatype: str) -> bytes:
-    """Row-major little-endian bytes of an output."""
-    if datatype == "BYTES":
-        return b"".join(part for item in array.flat for part in (_LENGTH.pack(len(item)), item))
-    return array.astype(NUMPY_TYPES[datatype], copy=False).tobytes()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from interlock.runtime.arrays import NUMPY_TYPES, Array
 from interlock.stores.artifacts import TensorSpec
 
-Array = npt.NDArray[Any]
+__all__ = ["Array", "Engine", "Signature", "made_up_inputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,6 @@ def made_up_inputs(signature: Signature, rows: int = 1, seed: int = 0) -> dict[s
 
     Floats are standard normal from `seed`; whole numbers are 0, which is a valid index wherever indices are meant; BYTES are empty.
     """
-    from interlock_inference.tensors import NUMPY_TYPES
-
     random = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for spec in signature.inputs:

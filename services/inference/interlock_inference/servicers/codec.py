@@ -7,6 +7,7 @@ from typing import Any
 
 from interlock.api.oip import messages as pb
 from interlock.errors import InvalidArgument, Unimplemented
+from interlock.runtime.arrays import NUMPY_TYPES, encode_raw
 from interlock_inference import tensors
 from interlock_inference.dataplane import Reply
 from interlock_inference.engines import Array
@@ -20,7 +21,7 @@ VERSION, STEP, DIGEST, EPOCH, TRACE = (
     "interlock-epoch",
     "traceparent",
 )
-RAW_ONLY = frozenset(tensors.NUMPY_TYPES) - frozenset(tensors.TYPED_FIELDS)
+RAW_ONLY = frozenset(NUMPY_TYPES) - frozenset(tensors.TYPED_FIELDS)
 
 
 class InferCall:
@@ -113,7 +114,7 @@ class ResponseMaker:
             datatype = specs[name].datatype
             output = made.outputs.add(name=name, datatype=datatype, shape=array.shape)
             if raw:
-                made.raw_output_contents.append(tensors.encode_raw(array, datatype))
+                made.raw_output_contents.append(encode_raw(array, datatype))
             else:
                 getattr(output.contents, tensors.TYPED_FIELDS[datatype]).extend(array.ravel().tolist())
         return made
