@@ -53,7 +53,7 @@ def _leftovers(
     if route is not None and replica.epoch != route.epoch:
         return ()
     keep = claimed | (set(route.versions()) if route else set())
-    gone = [version for version in replica.slots if version not in keep and replica.slot(version) is not None]
+    gone = [version for version in replica.slots if version not in keep]
     return tuple(
         Drain(replica.name, model, version, DRAIN_SECONDS)
         if replica.slots[version].in_flight

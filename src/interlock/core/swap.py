@@ -10,7 +10,7 @@ Rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -517,6 +517,10 @@ def resume(swap: Swap, now: float) -> Swap:
     elif swap.state is State.SWITCHING:
         deadline = now + SWITCH_SECONDS
     return _with(swap, resumes=resumes, deadline=deadline)
+
+
+Steer = Callable[[Swap], Swap]
+"""A person's hand on the row that is not a move: approve, pause, unpause."""
 
 
 def superseded_by(spec: SwapSpec, active: tuple[Swap, ...]) -> tuple[Swap, ...]:

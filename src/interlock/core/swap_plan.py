@@ -542,7 +542,7 @@ def _releases(snapshot: Snapshot, versions: tuple[str, ...]) -> tuple[ReplicaCom
         Release(r.name, snapshot.swap.spec.model, version)
         for r in snapshot.replicas
         for version in versions
-        if version not in keep and r.slot(version) is not None and r.epoch >= snapshot.route.epoch
+        if version not in keep and version in r.slots and r.epoch >= snapshot.route.epoch
     )
 
 

@@ -1,0 +1,100 @@
+"""One SQLite file: WAL, one writer, transactions that are all or nothing, and migrations. It knows no table of anybody's.
+
+Used on the thread that opened it. A write is one short transaction of a few rows; with `synchronous=FULL` it is on disk when the
+block ends. A second process on the same file waits up to BUSY_SECONDS for the lock and then fails.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from interlock.errors import DataLoss, FailedPrecondition
+
+BUSY_SECONDS = 5.0
+
+
+class Database:
+    """An open file at its newest schema. Close it.
+
+    Args:
+        migrations: SQL scripts in order; the n-th brings a file from version n to n + 1. Only ever append.
+        synchronous: FULL survives power loss, NORMAL only a crash of the process.
+
+    Raises:
+        FailedPrecondition: `SCHEMA_NEWER`: the file was written by a newer version of this program.
+        DataLoss: `DATABASE_CORRUPT`: not a SQLite file, or a damaged one.
+    """
+
+    def __init__(
+        self, path: Path | str, migrations: Sequence[str], *, synchronous: Literal["FULL", "NORMAL"] = "FULL"
+    ) -> None:
+        self.path = str(path)
+        if self.path != ":memory:":
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        self._connection.row_factory = sqlite3.Row
+        self._depth = 0
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute(f"PRAGMA synchronous={synchronous}")
+            self._connection.execute("PRAGMA foreign_keys=ON")
+            self._migrate(migrations)
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            raise DataLoss(
+                f"{self.path}: {error}; restore it from a backup",
+                reason="DATABASE_CORRUPT",
+                metadata={"path": self.path},
+            ) from None
+        except FailedPrecondition:
+            self._connection.close()
+            raise
+
+    def _migrate(self, migrations: Sequence[str]) -> None:
+        at = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+        if at > len(migrations):
+            raise FailedPrecondition(
+                f"{self.path} has schema {at}, this program knows {len(migrations)}: use the newer program",
+                reason="SCHEMA_NEWER",
+                metadata={"path": self.path, "schema": str(at), "known": str(len(migrations))},
+            )
+        for version, script in enumerate(migrations[at:], start=at + 1):
+            # One transaction per step, its version number included: a crash leaves the step done or not begun.
+            self._connection.executescript(f"BEGIN IMMEDIATE;\n{script};\nPRAGMA user_version={version};\nCOMMIT;")
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A write transaction: committed at the end of the block, rolled back by any exception. Blocks inside it join it."""
+        if self._depth:
+            yield self._connection
+            return
+        self._connection.execute("BEGIN IMMEDIATE")
+        self._depth += 1
+        try:
+            yield self._connection
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        else:
+            self._connection.execute("COMMIT")
+        finally:
+            self._depth -= 1
+
+    def all(self, sql: str, *parameters: Any) -> list[sqlite3.Row]:
+        """Every row of a query."""
+        return self._connection.execute(sql, parameters).fetchall()
+
+    def one(self, sql: str, *parameters: Any) -> sqlite3.Row | None:
+        """The first row of a query."""
+        row: sqlite3.Row | None = self._connection.execute(sql, parameters).fetchone()
+        return row
+
+    def close(self) -> None:
+        """Closes the file; the write-ahead log is folded in."""
+        self._connection.close()
