@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from interlock.core import names
 from interlock.core.ports import Clock
 from interlock.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from interlock.stores.artifacts import ModelSpec
@@ -119,11 +120,13 @@ def parse_uri(uri: str) -> Path:
 
 
 def _origin_of(spec: ModelSpec | None) -> Origin:
-    """What the artifact's own model.toml says about where it came from."""
+    """What the artifact's own model.toml says about where it came from: ids or resource names."""
     source = spec.source if spec else {}
+    run = str(source.get("run", "")).removeprefix("runs/")
+    checkpoint = str(source.get("checkpoint", "")).rsplit("/", 1)[-1]
     return Origin(
-        run=str(source.get("run", "")),
-        checkpoint=str(source.get("checkpoint", "")),
+        run=names.run_name(run) if run else "",
+        checkpoint=names.checkpoint_name(run, checkpoint) if run and checkpoint else "",
         step=int(source.get("step", 0)),
         attempt=int(source.get("attempt", 0)),
         checkpoint_digest=str(source.get("digest", "")),
