@@ -8,7 +8,6 @@ down is refused.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,14 +16,10 @@ import orjson
 
 from interlock.api.oip import messages
 from interlock.errors import InvalidArgument
+from interlock.runtime.arrays import NUMPY_TYPES, Array, decode_raw, encode_raw
 
-NUMPY_TYPES: Mapping[str, str] = {
-    "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2", "INT32": "<i4",
-    "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "BYTES": "O",
-}  # fmt: skip
+JSON_TYPES = frozenset(NUMPY_TYPES) - {"BF16"}
 """Datatypes that have a form in JSON. BF16 travels by the binary extension only."""
-
-_LENGTH = struct.Struct("<I")
 
 
 def invalid(field: str, message: str) -> InvalidArgument:
@@ -113,33 +108,29 @@ def _add_input(request: Any, index: int, tensor: Any, binary: bytes, offset: int
     return offset
 
 
-def encode_elements(data: Any, datatype: str, shape: Sequence[int] | None, where: str) -> bytes:
-    """JSON elements, flat or nested, as row-major little-endian bytes.
-
-    Args:
-        shape: the shape that was said, to check the count; None takes whatever is there.
-    """
-    if datatype not in NUMPY_TYPES:
+def encode_elements(data: Any, datatype: str, shape: Sequence[int], where: str) -> bytes:
+    """JSON elements, flat or nested, as row-major little-endian bytes; their count is held to `shape`."""
+    if datatype not in JSON_TYPES:
         raise invalid(
-            f"{where}.datatype", f"{datatype[:20]!r} has no JSON form; the others are {', '.join(NUMPY_TYPES)}"
+            f"{where}.datatype", f"{datatype[:20]!r} has no JSON form; the others are {', '.join(sorted(JSON_TYPES))}"
         )
     array = to_array(data, datatype, where)
-    if shape is not None and array.size != math.prod(shape):
+    if array.size != math.prod(shape):
         raise invalid(f"{where}.data", f"{array.size} elements, shape {list(shape)} has {math.prod(shape)}")
-    if datatype == "BYTES":
-        return b"".join(part for item in array.flat for part in (_LENGTH.pack(len(item)), item))
-    return array.tobytes()
+    return encode_raw(array, datatype)
 
 
-def to_array(data: Any, datatype: str, where: str) -> np.ndarray[Any, Any]:
+def to_array(data: Any, datatype: str, where: str) -> Array:
     """JSON elements as an array of the datatype; ragged lists, other types and values out of range are refused."""
-    if datatype == "BYTES":
-        return _bytes_array(data, where)
     try:
-        array = np.array(data)
+        array = np.array(data, dtype=object if datatype == "BYTES" else None)
     except ValueError as error:
         raise invalid(f"{where}.data", "the rows have different lengths") from error
-    wanted = np.dtype(NUMPY_TYPES[datatype])
+    if datatype == "BYTES":
+        if not all(isinstance(item, str) for item in array.flat):
+            raise invalid(f"{where}.data", "BYTES elements are strings, in rows of one length")
+        return array
+    wanted = NUMPY_TYPES[datatype]
     allowed = {"b": "b", "i": "biu", "u": "biu", "f": "iuf"}[wanted.kind]
     if array.size and array.dtype.kind not in allowed:
         raise invalid(f"{where}.data", f"elements are not all {datatype}")
@@ -151,30 +142,13 @@ def to_array(data: Any, datatype: str, where: str) -> np.ndarray[Any, Any]:
         return array.astype(wanted)
 
 
-def _bytes_array(data: Any, where: str) -> np.ndarray[Any, Any]:
-    flat = np.array(data, dtype=object).reshape(-1)
-    if not all(isinstance(item, str) for item in flat):
-        raise invalid(f"{where}.data", "BYTES elements are strings")
-    encoded = np.empty(flat.size, dtype=object)
-    encoded[:] = [item.encode() for item in flat]
-    return encoded
-
-
-def decode_elements(raw: bytes, datatype: str) -> list[Any]:
-    """Row-major bytes as a flat JSON list. NaN and infinities have no JSON form and become null."""
-    if datatype == "BYTES":
-        return _decode_bytes(raw)
-    return np.frombuffer(raw, NUMPY_TYPES[datatype]).tolist()  # type: ignore[no-any-return]
-
-
-def _decode_bytes(raw: bytes) -> list[str]:
-    items, offset = [], 0
-    while offset < len(raw):
-        (length,) = _LENGTH.unpack_from(raw, offset)
-        offset += _LENGTH.size
-        items.append(raw[offset : offset + length].decode(errors="replace"))
-        offset += length
-    return items
+def decode_elements(raw: bytes, datatype: str, shape: Sequence[int]) -> Array:
+    """An output as an array whose `tolist` is JSON: text for BYTES. NaN and infinities have no JSON form and become null."""
+    array = decode_raw(raw, datatype, shape)
+    if datatype != "BYTES":
+        return array
+    text = np.array([item.decode(errors="replace") for item in array.flat], dtype=object)
+    return text.reshape(array.shape)
 
 
 def parameters(answer: Any) -> dict[str, Any]:
@@ -192,7 +166,7 @@ def infer_response(answer: Any, wanted: Mapping[str, bool]) -> tuple[bytes, int 
             item["parameters"] = {"binary_data_size": len(raw)}
             binary.append(raw)
         else:
-            item["data"] = decode_elements(raw, output.datatype)
+            item["data"] = decode_elements(raw, output.datatype, output.shape).ravel().tolist()
         outputs.append(item)
     document: dict[str, Any] = {"model_name": answer.model_name, "model_version": answer.model_version}
     if answer.id:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import orjson
 
 from interlock.api.oip import messages
 from interlock.errors import FailedPrecondition, InterlockError, NotFound, Unavailable
+from interlock.runtime.arrays import encode_raw
 from interlock_gateway import codec
 from interlock_gateway.upstreams import Upstreams
 
@@ -70,7 +70,7 @@ class Predictor:
             _add(request, name, data, signature)
         answer = await self._call(request, headers)
         outputs = {
-            output.name: np.array(codec.decode_elements(raw, output.datatype)).reshape(tuple(output.shape)).tolist()
+            output.name: codec.decode_elements(raw, output.datatype, output.shape).tolist()
             for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
         }
         parameters = codec.parameters(answer)
@@ -153,13 +153,11 @@ def _add(request: Any, name: str, data: Any, signature: Any) -> None:
         known = ", ".join(item.name for item in signature.inputs)
         raise codec.invalid(f"inputs.{name[:80]}", f"unknown input; the model has {known}")
     array = codec.to_array(data, tensor.datatype, f"inputs.{name}")
-    shape = list(array.shape)
-    if tensor.datatype == "BYTES":
-        shape = list(np.array(data, dtype=object).shape)
-    if len(shape) == len(tensor.shape) - 1:  # one row without its batch dimension
-        shape = [1, *shape]
+    shape = (
+        [1, *array.shape] if array.ndim == len(tensor.shape) - 1 else array.shape
+    )  # one row may come without its batch dimension
     request.inputs.add(name=name, datatype=tensor.datatype, shape=shape)
-    request.raw_input_contents.append(codec.encode_elements(data, tensor.datatype, None, f"inputs.{name}"))
+    request.raw_input_contents.append(encode_raw(array, tensor.datatype))
 
 
 def _identity(parameters: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:

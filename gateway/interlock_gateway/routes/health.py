@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from interlock.api.oip import messages
 from interlock.core import names
 from interlock.errors import InterlockError, NotFound
 from interlock.runtime.access import Scope
+from interlock.runtime.arrays import LENGTH, NUMPY_TYPES
 from interlock_gateway.reload_words import reload_state
 from interlock_gateway.upstreams import Upstreams
 from interlock_gateway.web import needs
@@ -136,8 +138,6 @@ def _status(slot: Any | None, state: Any | None, seconds: float | None, problem:
 
 async def _timed_inference(up: Upstreams, model: str) -> tuple[float | None, str | None]:
     """(seconds, problem) of one prediction of zeros."""
-    import math
-
     start = up.clock.monotonic()
     try:
         signature = await up.signature(model)
@@ -153,12 +153,8 @@ async def _timed_inference(up: Upstreams, model: str) -> tuple[float | None, str
 
 
 def _item_bytes(datatype: str) -> int:
-    """Bytes of one zero element; a BYTES element is its length alone."""
-    import numpy as np
-
-    from interlock_gateway.codec import NUMPY_TYPES
-
-    return 2 if datatype == "BF16" else 4 if datatype == "BYTES" else np.dtype(NUMPY_TYPES[datatype]).itemsize
+    """Bytes of one zero element; an empty BYTES element is its length alone."""
+    return LENGTH.size if datatype == "BYTES" else NUMPY_TYPES[datatype].itemsize
 
 
 @router.get("/health/llm/all", dependencies=PUBLIC)
