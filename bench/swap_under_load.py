@@ -110,10 +110,13 @@ async def wait_for_port(port: int) -> None:
 class Commands:
     """The controller's part, without the judgement."""
 
-    def __init__(self, channel: Any, home: Path, sizes: tuple[int, ...]) -> None:
+    def __init__(self, channel: Any, home: Path, sizes: tuple[int, ...], num_versions: int) -> None:
         self._stub: Any = pb_grpc.RuntimeServiceStub(channel)
         self._home = home
-        self._sizes = sizes
+        for number in range(
+            1, num_versions + 1
+        ):  # before the load: making models here would stall the measuring process
+            write_version(home / "models" / MODEL / str(number), mlp(sizes, number), sizes)
         self._fence = pb.Fence(token=1)
         self.serving = 0
 
@@ -122,7 +125,6 @@ class Commands:
         number = self.serving + 1
         name = f"models/{MODEL}/versions/{number}"
         folder = self._home / "models" / MODEL / str(number)
-        await asyncio.to_thread(write_version, folder, mlp(self._sizes, number), self._sizes)
         prepare = pb.PrepareRequest(fence=self._fence, version=name, artifact_uri=str(folder))
         async for _ in CALLER.stream(self._stub.Prepare, prepare, timeout=120):
             pass
@@ -158,7 +160,7 @@ async def own_rooms(stack: AsyncExitStack, args: argparse.Namespace, home: Path)
         await wait_for_port(ports["GATEWAY_PORT"])
     grpc = f"127.0.0.1:{ports['INFERENCE_PORT']}"
     channel = await stack.enter_async_context(open_channel(grpc))
-    commands = Commands(channel, home, SIZES[args.size])
+    commands = Commands(channel, home, SIZES[args.size], args.swaps + 1)
     await commands.swap()
     return grpc, "" if args.no_http else f"127.0.0.1:{ports['GATEWAY_PORT']}", commands
 

@@ -103,9 +103,10 @@ class Remote:
 
 
 @asynccontextmanager
-async def a_replica(home: Path, **inference: Any) -> AsyncIterator[Remote]:
+async def a_replica(home: Path, controller_port: int = 1, **inference: Any) -> AsyncIterator[Remote]:
     """The room in this process, on free ports; taken down in order at the end."""
-    config = Settings(home=home, probe_interval_seconds=0, inference={"port": 0, "metrics_port": 0, **inference})  # type: ignore[arg-type]
+    own = {"port": 0, "metrics_port": 0, **inference}
+    config = Settings(home=home, probe_interval_seconds=0, inference=own, controller={"port": controller_port})  # type: ignore[arg-type]
     stopping, started = asyncio.Event(), asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as group:
         group.create_task(serve(config, stopping, lambda port, metrics_port: started.set_result((port, metrics_port))))

@@ -19,8 +19,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from tritonclient.utils import InferenceServerException
 
 import onnx_models
+from interlock.api.controller.v1 import route_service_pb2 as route_pb
+from interlock.api.controller.v1 import route_service_pb2_grpc as route_grpc
+from interlock.api.controller.v1 import swap_service_pb2 as swap_pb
+from interlock.api.controller.v1 import swap_service_pb2_grpc as swap_grpc
 from interlock.api.inference.v1 import runtime_service_pb2 as pb
 from interlock.api.oip import messages, rpc
+from interlock.api.types.v1 import types_pb2
 from interlock.errors import (
     Aborted,
     DeadlineExceeded,
@@ -165,6 +170,61 @@ async def test_tritonclient_repository_verbs_without_a_controller_say_who_is_mis
         with pytest.raises(InferenceServerException, match="not supported"):
             await client.get_system_shared_memory_status()
     assert (await served.state()).routes[0].epoch == 1
+
+
+class Controller(swap_grpc.SwapServiceServicer, route_grpc.RouteServiceServicer):
+    """Answers what a replica asks of a controller; remembers it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.ends = [swap_pb.Swap.STATE_LOADING, swap_pb.Swap.STATE_COMPLETED]
+
+    async def CreateSwap(self, request: Any, context: Any) -> Any:
+        self.asked.append(request.spec.candidate_version)
+        return swap_pb.CreateSwapResponse(swap=swap_pb.Swap(name="swaps/1"))
+
+    async def WatchSwap(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        for state in self.ends:
+            yield swap_pb.WatchSwapResponse(
+                swap=swap_pb.Swap(name=request.name, state=state, message="told so", reason="TOLD")
+            )
+
+    async def GetRoute(self, request: Any, context: Any) -> Any:
+        return route_pb.GetRouteResponse(route=types_pb2.Route(model=request.model, epoch=5))
+
+    async def SetRoute(self, request: Any, context: Any) -> Any:
+        self.asked.append((request.model, request.expected_epoch, len(request.weights)))
+        return route_pb.SetRouteResponse()
+
+
+async def test_repository_verbs_are_the_controllers(tmp_path: Path) -> None:
+    """Triton's client and KServe's alike; the model's name stands in field 2 or in field 1."""
+    server, controller = aio.server(), Controller()
+    swap_grpc.add_SwapServiceServicer_to_server(controller, server)
+    route_grpc.add_RouteServiceServicer_to_server(controller, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with (
+        a_replica(tmp_path, controller_port=port) as remote,
+        triton_aio.InferenceServerClient(remote.url) as client,
+    ):
+        for version in ("2", "10"):
+            remote.artifact(version)
+        await client.load_model("policy")
+        kserve = messages.RepositoryModelLoadRequest(repository_name="policy")
+        kserve.parameters["version"].string_param = "2"
+        assert (await remote.oip.RepositoryModelLoad(kserve)).isLoaded
+        await client.unload_model("policy")
+        newest = "models/policy/versions/10"
+        assert controller.asked == [newest, "models/policy/versions/2", ("models/policy", 5, 0)]
+        controller.ends = [swap_pb.Swap.STATE_FAILED]
+        with pytest.raises(FailedPrecondition, match="STATE_FAILED: told so") as failed:
+            await CALLER.unary(remote.oip.RepositoryModelLoad, kserve, timeout=5)
+        assert (failed.value.reason, failed.value.metadata["cause"]) == ("SWAP_FAILED", "TOLD")
+        controller.ends = []
+        with pytest.raises(Unavailable):
+            await CALLER.unary(remote.oip.RepositoryModelLoad, kserve, timeout=5)
+    await server.stop(None)
 
 
 # --- requests ---
@@ -508,6 +568,13 @@ async def test_metrics_and_http_health(served: Remote) -> None:
         'llm_active_requests{model="policy"} 0.0',
     ):
         assert line in text
+    await served.swap(2, "1", "2")
+    await infer(served, infer_request())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{served.metrics_port}") as client:
+        text = (await client.get("/metrics")).text
+    assert 'version="1"' not in text, "a released version's series are dropped"
+    assert 'interlock_infer_seconds_count{model="policy",version="2"} 1.0' in text
+    assert 'llm_requests_total{mode="tensor",model="policy",status="success"} 2.0' in text
     assert (health.status_code, health.json()) == (
         200,
         {"status": "ready", "models": {"policy": {"epoch": 1, "versions": {"1": 1}}}},

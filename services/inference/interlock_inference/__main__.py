@@ -53,7 +53,8 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
     """Runs one replica until `stopping`; `started` is told the gRPC port and the metrics port."""
     clock, own, keys = SystemClock(), config.inference, Keys(config.home)
     registry, recorder, metrics = Registry(), Recorder(own.recorded_requests), CollectorRegistry()
-    plane = DataPlane(registry, recorder, RequestMetrics(metrics))
+    counted = RequestMetrics(metrics)
+    plane = DataPlane(registry, recorder, counted)
     metrics.register(StateMetrics(registry, lambda: plane.num_queued))
     options = OnnxOptions(tuple(own.providers), own.intra_op_threads)
     file = AssignmentFile(config.home / f"replica-{own.port}.json")
@@ -71,6 +72,7 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
             options=options,
             warmup_iterations=own.warmup_iterations,
             failpoint=failpoint.reached,
+            released=counted.forget,
         )
         stack.callback(replica.close)
         admin = ControllerAdmin(channel, channels.Caller(keys.internal_key()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -18,44 +17,64 @@ MODE = "tensor"
 
 
 class RequestMetrics:
-    """Counts every finished request: the documents' names (REQUIREMENTS O1) and our own per version."""
+    """Counts every finished request: the documents' names (REQUIREMENTS O1) and our own per version.
+
+    A trainer publishes versions without end, so a version's own series go when it is released; those per model stay.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        requests = Counter(
+        self._requests = Counter(
             "interlock_infer_requests", "Requests by outcome.", ("model", "version", "code"), registry=registry
         )
-        seconds = Histogram(
+        self._seconds = Histogram(
             "interlock_infer_seconds",
             "From admission to outputs.",
             ("model", "version"),
             buckets=SECONDS,
             registry=registry,
         )
-        llm_requests = Counter("llm_requests", "Requests by outcome.", ("model", "mode", "status"), registry=registry)
-        llm_errors = Counter("llm_errors", "Failed requests.", ("model", "error_type"), registry=registry)
-        llm_seconds = Histogram(
+        self._llm_requests = Counter(
+            "llm_requests", "Requests by outcome.", ("model", "mode", "status"), registry=registry
+        )
+        self._llm_errors = Counter("llm_errors", "Failed requests.", ("model", "error_type"), registry=registry)
+        self._llm_seconds = Histogram(
             "llm_inference_duration_seconds",
             "Inference time.",
             ("model", "mode"),
             buckets=LLM_SECONDS,
             registry=registry,
         )
-        # labels() costs more than the increment: the children are kept per version
-        self._requests = lru_cache(4096)(requests.labels)
-        self._seconds = lru_cache(1024)(seconds.labels)
-        self._llm_requests = lru_cache(1024)(llm_requests.labels)
-        self._llm_errors = lru_cache(1024)(llm_errors.labels)
-        self._llm_seconds = lru_cache(1024)(llm_seconds.labels)
+        self._succeeded: dict[Slot, tuple[Counter, Counter, Histogram, Histogram]] = {}
 
     def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
         """See `dataplane.Observer`."""
-        self._requests(slot.model, slot.version, "OK" if error is None else error.kind).inc()
-        self._llm_requests(slot.model, MODE, "success" if error is None else "error").inc()
-        if error is None:
-            self._seconds(slot.model, slot.version).observe(seconds)
-            self._llm_seconds(slot.model, MODE).observe(seconds)
-        else:
-            self._llm_errors(slot.model, error.reason).inc()
+        if error is not None:
+            self._requests.labels(slot.model, slot.version, error.kind).inc()
+            self._llm_requests.labels(slot.model, MODE, "error").inc()
+            self._llm_errors.labels(slot.model, error.reason).inc()
+            return
+        series = self._succeeded.get(slot) or self._first(slot)
+        series[0].inc()
+        series[1].inc()
+        series[2].observe(seconds)
+        series[3].observe(seconds)
+
+    def _first(self, slot: Slot) -> tuple[Counter, Counter, Histogram, Histogram]:
+        """labels() costs more than the increment: what a success adds is looked up once per slot."""
+        series = self._succeeded[slot] = (
+            self._requests.labels(slot.model, slot.version, "OK"),
+            self._llm_requests.labels(slot.model, MODE, "success"),
+            self._seconds.labels(slot.model, slot.version),
+            self._llm_seconds.labels(slot.model, MODE),
+        )
+        return series
+
+    def forget(self, slot: Slot) -> None:
+        """Drops the series of a released version."""
+        self._succeeded.pop(slot, None)
+        labels = {"model": slot.model, "version": slot.version}
+        self._requests.remove_by_labels(labels)
+        self._seconds.remove_by_labels(labels)
 
 
 class StateMetrics(Collector):

@@ -94,6 +94,7 @@ class Replica:
         options: OnnxOptions,
         warmup_iterations: int,
         failpoint: Callable[[str], None] = lambda _: None,
+        released: Callable[[Slot], None] = lambda _: None,
     ) -> None:
         self.changed = Changed()
         self._registry = registry
@@ -104,6 +105,7 @@ class Replica:
         self._options = options
         self._warmup_iterations = warmup_iterations
         self._failpoint = failpoint
+        self._released = released
         self._assignment = file.read()
         self._restored = False
         self._lock = asyncio.Lock()  # one change of routes and slots at a time
@@ -480,6 +482,7 @@ class Replica:
         slot.move(SlotState.STOPPED)
         self._registry.drop(slot)
         self._loads.pop((model, version), None)
+        self._released(slot)
         self.changed.fire()
         _log.info("released", version=slot.name)
         return True

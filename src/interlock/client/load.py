@@ -38,6 +38,7 @@ IN_FLIGHT_MAX = (
     512  # open loop: beyond this a server has stopped answering, and what is due waits its turn, on the clock
 )
 TIMEOUT_SECONDS = 10.0
+IDLE_SECONDS = 2.0  # servers close a kept-alive connection after some seconds (uvicorn: 5); sending into that moment would not be their failure
 SETTLE_SECONDS = 1.0
 """How long after a mark's end still counts as during it: the tail of a swap is felt a little later."""
 
@@ -147,7 +148,7 @@ class _HttpSender:
         self._port = int(port)
         self._path = f"/v2/models/{target.model}/infer"
         self._key = f"{KEY_HEADER}: {target.key}\r\n" if target.key else ""
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
         arrays = {name: np.asarray(value) for name, value in target.inputs.items()}
         self._inputs = [
             {"name": name, "datatype": datatype_of(a), "shape": list(a.shape), "data": a.ravel().tolist()}
@@ -171,7 +172,7 @@ class _HttpSender:
         return str(document["model_version"])
 
     async def _exchange(self, payload: bytes) -> tuple[int, bytes]:
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+        reader, writer = await self._connection()
         try:
             writer.write(payload)
             head = await reader.readuntil(b"\r\n\r\n")
@@ -182,11 +183,20 @@ class _HttpSender:
         if b"connection: close" in head.lower():
             writer.close()
         else:
-            self._idle.append((reader, writer))
+            self._idle.append((reader, writer, time.perf_counter()))
         return int(head[9:12]), answer
 
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The one used last, if a server can't have closed it by now; else a new one."""
+        while self._idle:
+            reader, writer, since = self._idle.pop()
+            if not reader.at_eof() and time.perf_counter() - since < IDLE_SECONDS:
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(self._host, self._port)
+
     async def close(self) -> None:
-        for _, writer in self._idle:
+        for _, writer, _ in self._idle:
             writer.close()
             await writer.wait_closed()
 
