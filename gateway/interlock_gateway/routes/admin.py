@@ -186,5 +186,5 @@ async def _serving(up: Upstreams, model: Any) -> dict[str, Any]:
     return body | {
         "run": version.origin.run or None,
         "checkpoint": version.origin.checkpoint or None,
-        "since": route.update_time.ToJsonString(),
+        "since": route.update_time.ToJsonString() if route.HasField("update_time") else None,
     }

@@ -18,7 +18,7 @@ import numpy as np
 from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 from interlock.cli.console import last
 from interlock.client.admin import AdminClient
-from interlock.client.load import GrpcTarget, HttpTarget, Load
+from interlock.client.load import GrpcTarget, HttpTarget, Load, Target
 from interlock.errors import InterlockError, NotFound
 from interlock.runtime.settings import Settings
 
@@ -132,7 +132,7 @@ class Story:
 
     async def _traffic(self) -> None:
         inputs = {"obs": np.zeros((1, 4), np.float32)}
-        targets = [
+        targets: list[Target] = [
             GrpcTarget(self._settings.inference_address, MODEL, inputs),
             HttpTarget(f"{self._settings.host}:{self._settings.gateway.port}", MODEL, inputs),
         ]
