@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from interlock.client.load import GrpcTarget, HttpTarget, Load
 
 import onnx_models
+from interlock.client.load import GrpcTarget, HttpTarget, Load
 from rooms import Rooms, running, until
 
 pytestmark = [pytest.mark.system]
