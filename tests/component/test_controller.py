@@ -14,6 +14,7 @@ import pytest
 import onnx_models
 from controller_world import Controller, a_controller, state_of
 from interlock.api.controller.v1 import model_service_pb2, route_service_pb2, swap_service_pb2
+from interlock.api.inference.v1 import runtime_service_pb2
 from interlock.api.oip import messages
 from interlock.api.types.v1 import types_pb2
 from interlock.errors import (
@@ -45,6 +46,15 @@ async def answer(replica: Remote) -> tuple[float, str]:
     request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
     response = await replica.oip.ModelInfer(request, timeout=10)
     return float(np.frombuffer(response.raw_output_contents[0], np.float32)[0]), str(response.model_version)
+
+
+async def routed(replica: Remote, epoch: int) -> None:
+    """Waits until a replica applies an epoch."""
+    watch = replica.runtime.WatchState(runtime_service_pb2.WatchStateRequest())
+    async with asyncio.timeout(20):
+        while epoch not in [route.epoch for route in (await watch.read()).state.routes]:
+            pass
+    watch.cancel()
 
 
 async def test_two_versions_are_swapped_under_load_without_a_failed_request(tmp_path: Path) -> None:
@@ -249,9 +259,7 @@ async def test_a_route_by_hand_splits_traffic_and_needs_the_current_epoch(tmp_pa
         with pytest.raises(Aborted) as caught:
             await controller.call("route", "SetRoute", request)
         assert caught.value.reason == "STALE_EPOCH"
-        async with asyncio.timeout(20):
-            while [r.epoch for r in (await replica.state()).routes] != [2]:
-                await asyncio.sleep(0.02)
+        await routed(replica, 2)
         versions = [(await answer(replica))[1] for _ in range(40)]
         assert versions.count("2") == 10
 
@@ -261,9 +269,7 @@ async def test_a_replica_that_comes_late_is_brought_to_the_route(tmp_path: Path)
         async with a_controller(tmp_path, [first.url]) as controller:
             await controller.swap_to(await controller.register(1.0))
         async with a_controller(tmp_path, [first.url, second.url]) as controller:
-            async with asyncio.timeout(20):
-                while not (await second.state()).routes:
-                    await asyncio.sleep(0.02)
+            await routed(second, 1)
             assert await answer(second) == (1.0, "1")
             swap = await controller.swap_to(await controller.register(2.0))
             assert state_of(swap) == "COMPLETED"

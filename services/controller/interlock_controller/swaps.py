@@ -18,6 +18,7 @@ from interlock.core.swap import Concurrency, Event, State, Swap, SwapSpec, check
 from interlock.core.swap_plan import Decision, SwapReceipt, act
 from interlock.errors import Aborted, FailedPrecondition, InterlockError, NotFound
 from interlock.stores.controller import ControllerStore, Request, VersionRow
+from interlock_controller import failpoints
 from interlock_controller.reconciler import Reconciler
 
 HISTORY = 1000
@@ -141,7 +142,9 @@ class Swaps:
             (other, act(self._reconciler.snapshot(other), Event.SUPERSEDE, now, f"by swap {swap.id}", "SUPERSEDED"))
             for other in ends
         )
+        failpoints.reached(State.PENDING.value, "before_persist")
         created = self._store.create_swap(swap, request, ended)
+        failpoints.reached(State.PENDING.value, "after_persist")
         self._reconciler.changed.fire()
         return created
 
