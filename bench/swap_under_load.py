@@ -142,6 +142,21 @@ class Commands:
         self.serving = number
         return float(applied.switch_duration.ToNanoseconds() / 1e6)
 
+    async def beside(self, megabytes: int) -> None:
+        """Loads and releases another model of about that size: what a load does to the tail of what serves."""
+        layers = max(1, megabytes // 64)
+        sizes = (4096,) * (layers + 1)
+        folder = self._home / "models" / "beside" / "1"
+        name = "models/beside/versions/1"
+        if not folder.exists():
+            write_version(folder, mlp(sizes, 0), sizes)
+            return
+        prepare = pb.PrepareRequest(fence=self._fence, version=name, artifact_uri=str(folder))
+        async for _ in CALLER.stream(self._stub.Prepare, prepare, timeout=120):
+            pass
+        await CALLER.unary(self._stub.Warm, pb.WarmRequest(fence=self._fence, version=name), timeout=60)
+        await CALLER.unary(self._stub.Release, pb.ReleaseRequest(fence=self._fence, version=name), timeout=30)
+
 
 async def own_rooms(stack: AsyncExitStack, args: argparse.Namespace, home: Path) -> tuple[str, str, Commands]:
     """Starts what is to be measured; its addresses."""
@@ -162,6 +177,8 @@ async def own_rooms(stack: AsyncExitStack, args: argparse.Namespace, home: Path)
     channel = await stack.enter_async_context(open_channel(grpc))
     commands = Commands(channel, home, SIZES[args.size], args.swaps + 1)
     await commands.swap()
+    if args.beside_mb:
+        await commands.beside(args.beside_mb)
     return grpc, "" if args.no_http else f"127.0.0.1:{ports['GATEWAY_PORT']}", commands
 
 
@@ -193,6 +210,9 @@ async def drive(load: Load, commands: Commands | None, args: argparse.Namespace)
             assert commands is not None
             with load.marked(f"swap {number + 1}"):
                 switches.append(await commands.swap())
+        if commands and args.beside_mb:
+            with load.marked(f"load {args.beside_mb} MB"):
+                await commands.beside(args.beside_mb)
         await asyncio.sleep(max(0.0, args.seconds - load.elapsed))
         stopping.set()
     return switches
@@ -212,6 +232,7 @@ def main() -> int:
     parser.add_argument("--http", default="", help="address of a running gateway")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--key", default="", help="API key for a running service")
+    parser.add_argument("--beside-mb", type=int, default=0, help="also load another model of this size after the swaps")
     parser.add_argument("--no-http", action="store_true", help="no gateway: gRPC only")
     parser.add_argument("--json", type=Path, help="where to write everything")
     args = parser.parse_args()

@@ -106,7 +106,7 @@ class Warmup:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One loaded version. `opened` is None before the load ended and after the slot stopped."""
+    """One loaded version; `name` is `models/{model}/versions/{version}`. `opened` is None before the load ended and after the slot stopped."""
 
     model: str
     version: str
@@ -123,12 +123,11 @@ class Slot:
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
     output_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    name: str = field(init=False)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def name(self) -> str:
-        """`models/{model}/versions/{version}`."""
-        return version_name(self.model, self.version)
+    def __post_init__(self) -> None:
+        self.name = version_name(self.model, self.version)
 
     @property
     def in_flight(self) -> int:

@@ -80,7 +80,7 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
-class GrpcTarget:
+class GrpcTarget(Target):
     """A replica's Open Inference Protocol listener. `inputs` are arrays by name, the same for each request."""
 
     address: str
@@ -120,7 +120,7 @@ class _GrpcSender:
 
 
 @dataclass(frozen=True)
-class HttpTarget:
+class HttpTarget(Target):
     """The gateway's Open Inference Protocol endpoint over HTTP/1.1, JSON."""
 
     address: str
