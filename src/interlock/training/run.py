@@ -25,7 +25,7 @@ from interlock.core.policy import RunPolicy
 from interlock.core.ports import Clock
 from interlock.core.recovery import Rollback
 from interlock.core.steps import StepRecord, checkpoint_id
-from interlock.errors import AlreadyExists, DataLoss, InterlockError, NotFound
+from interlock.errors import AlreadyExists, DataLoss, InterlockError, InvalidArgument, NotFound
 from interlock.stores.artifacts import Manifest
 from interlock.stores.checkpoints import CheckpointStore, Loaded
 from interlock.training import terms
@@ -142,6 +142,12 @@ class Run:
     def on_change(self, handler: ChangeHandler) -> None:
         """Registers what a recipe can change while it runs, such as its own drills."""
         self._handlers.append(handler)
+
+    def drill(self, name: str, value: float, num_steps: int = 1) -> None:
+        """Injects a fault of one's own, as `RunService.InjectFault` would; raises InvalidArgument for one nobody here knows."""
+        result = self._change(terms.ChangeOrder(f"drill-{self.step}", name, value, num_steps))
+        if result.error:
+            raise InvalidArgument(result.error, reason="UNKNOWN_FAULT", field="name")
 
     @property
     def stopping(self) -> bool:
