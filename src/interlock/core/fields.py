@@ -73,6 +73,8 @@ def _join(path: str, name: str) -> str:
 
 
 def _value(kind: Any, data: object, field: str) -> object:
+    if kind is Any:
+        return data
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _optional(kind, data, field)

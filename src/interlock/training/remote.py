@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from interlock.api.trainer.v1 import loop_service_pb2_grpc as pb_grpc
 from interlock.core.steps import StepRecord
 from interlock.stores.steplog import StepLog
 from interlock.training import wire
-from interlock.training.terms import Begun, Changed, Event, Hello, Order, Result, Saved, Start
+from interlock.training.terms import Begun, Changed, DeleteOrder, Event, Hello, Order, Result, Saved, Start
 
 _log = structlog.get_logger(__name__)
 BATCH = 256
@@ -43,11 +44,12 @@ def listening(address: str) -> bool:
 
 @dataclass(slots=True)
 class _Session:
-    """One connection: what was sent on it, and whether it is ready or over."""
+    """One connection: what was sent on it, and whether it is ready, over, or has said goodbye."""
 
     sent: int = 0
     ready: bool = False
     over: bool = False
+    goodbye: bool = False
 
 
 class Remote:
@@ -69,6 +71,8 @@ class Remote:
         self._orders: list[Order] = []
         self._goodbye: str | None = None
         self._said_goodbye = self._closed = False
+        self._lost_at = time.monotonic()
+        self._connected = False
         self._thread = threading.Thread(target=self._work, name="interlock-remote", daemon=True)
 
     # --- for the loop ---
@@ -125,6 +129,10 @@ class Remote:
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
 
+    def away_seconds(self) -> float:
+        """How long nobody has been at the other end; 0 while somebody is."""
+        return 0.0 if self._connected else time.monotonic() - self._lost_at
+
     # --- the connection's thread ---
 
     def _work(self) -> None:
@@ -133,12 +141,14 @@ class Remote:
             session = _Session()
             try:
                 self._talk(session)
+                self._said_goodbye = session.goodbye  # the other end has closed the stream: it has read everything
             except (grpc.RpcError, ValueError) as error:
                 if not self._closed:
                     _log.info("trainer_away", error=_short(error), failures=failures)
             failures = 0 if session.ready else failures + 1
             with self._changed:
                 session.over = True
+                self._connected, self._lost_at = False, time.monotonic() if session.ready else self._lost_at
                 self._changed.notify_all()
                 if self._said_goodbye:
                     return
@@ -165,10 +175,12 @@ class Remote:
             order = wire.order_value(response.order)
             if order is not None:
                 self._orders.append(order)
+            for checkpoint in order.checkpoints if isinstance(order, DeleteOrder) else ():
+                self._known.pop(checkpoint, None)
 
     def _welcome(self, session: _Session, welcome: pb.Welcome) -> None:
         assert self._hello is not None
-        session.sent, session.ready = welcome.acknowledged_seq, True
+        session.sent, session.ready, self._connected = welcome.acknowledged_seq, True, True
         self._acknowledged = welcome.acknowledged_seq
         if self._start is None:
             restore = wire.rollback_value(welcome.restore) if welcome.HasField("restore") else None
@@ -197,10 +209,8 @@ class Remote:
             if event is not None:
                 yield wire.event_message(self._hello.run, event)
             elif ending and session.sent >= self._head:
+                session.goodbye = True
                 yield pb.AttachRequest(goodbye=pb.Goodbye(error=self._goodbye or ""))
-                with self._changed:
-                    self._said_goodbye = True
-                    self._changed.notify_all()
                 return
 
     def _has_news(self, session: _Session) -> bool:

@@ -150,6 +150,11 @@ class Run:
             raise InvalidArgument(result.error, reason="UNKNOWN_FAULT", field="name")
 
     @property
+    def supervisor(self) -> Supervisor:
+        """Who judges this run."""
+        return self._parts.supervisor
+
+    @property
     def stopping(self) -> bool:
         """Whether the run was asked to end."""
         return self._stopping

@@ -46,7 +46,9 @@ class Value(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(OBSERVATION, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+        self.body = nn.Sequential(
+            nn.Linear(OBSERVATION, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1)
+        )
 
     def forward(self, x_NO: Tensor) -> Tensor:
         """One value per observation."""
@@ -208,7 +210,9 @@ def losses(parameters: PpoParameters, policy: Policy, value: Value, batch: dict[
     }
 
 
-def train(parameters: PpoParameters, attach: Callable[..., Run], *, go_on: Callable[[], bool] = lambda: True) -> Run:
+def train(
+    parameters: PpoParameters, attach: Callable[..., Run], *, go_on: Callable[[object], bool] = lambda _supervisor: True
+) -> Run:
     """Trains until `max_steps`, or until the run is stopped or `go_on` says no; returns the run, not closed."""
     seed_everything(parameters.seed)
     policy, value = Policy(parameters.hidden), Value(parameters.hidden)
@@ -234,13 +238,18 @@ def train(parameters: PpoParameters, attach: Callable[..., Run], *, go_on: Calla
             now = time.perf_counter()
         run.log(steps_per_second=1.0 / max(now - began, 1e-9))
         began = now
-        if not go_on():
+        if not go_on(run.supervisor):
             break
     return run
 
 
 def _update(
-    parameters: PpoParameters, policy: Policy, value: Value, optimizer: torch.optim.Optimizer, collector: Collector, run: Run
+    parameters: PpoParameters,
+    policy: Policy,
+    value: Value,
+    optimizer: torch.optim.Optimizer,
+    collector: Collector,
+    run: Run,
 ) -> None:
     terms = losses(parameters, policy, value, collector.minibatch())
     optimizer.zero_grad()
