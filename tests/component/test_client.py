@@ -37,8 +37,11 @@ async def test_numpy_in_numpy_out(tmp_path: Path) -> None:
         assert (await client.infer("policy", INPUTS, version="3", outputs=["y"])).epoch == 1
         assert (await client.metadata("policy")).inputs[0].name == "x"
         with pytest.raises(InvalidArgument) as wrong:
-            await client.infer("policy", {"x": [[1.0, 2.0, 3.0, 4.0]]})  # numpy's default is FP64
+            await client.infer("policy", {"x": np.array([[1.0, 2.0, 3.0, 4.0]])})  # an array goes as it is: FP64
         assert wrong.value.field == "inputs[0].datatype"
+        assert (await client.infer("policy", {"x": [[1, 2, 3, 4]]}))["y"].tolist() == [[3.0] * 4]
+        with pytest.raises(InvalidArgument, match="unknown input 'z'"):
+            await client.infer("policy", {"z": [1]})
 
 
 async def test_text_goes_as_bytes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from interlock.api.oip import messages, rpc
-from interlock.runtime.arrays import Array, datatype_of, decode_raw, encode_raw
+from interlock.runtime.arrays import NUMPY_TYPES, Array, datatype_of, decode_raw, encode_raw
 from interlock.runtime.channels import Caller, open_channel
 
 
@@ -50,6 +50,7 @@ class InferenceClient:
         self._channel = open_channel(address)
         self._stub = rpc.Stub(self._channel)
         self._caller = Caller(key)
+        self._datatypes: dict[str, dict[str, str]] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -72,17 +73,25 @@ class InferenceClient:
         """Asks once, and again (at most 3 times in all, within `timeout` seconds) while the replica is UNAVAILABLE: a prediction changes nothing.
 
         Args:
-            inputs: anything numpy takes, by input name.
+            inputs: by name: arrays, sent as they are; or lists and numbers, sent in the model's own datatype (asked for once per model).
             version: a version to name; empty follows the route.
             outputs: which ones; empty takes all.
 
         Raises:
             InterlockError: as the server raised it, e.g. InvalidArgument with the field at fault.
         """
-        request = _request(model, inputs, outputs)
+        plain = not all(isinstance(value, np.ndarray) for value in inputs.values())
+        request = _request(model, inputs, outputs, await self._datatypes_of(model, version, timeout) if plain else {})
         request.model_version, request.id = version, request_id
         response = await self._caller.unary(self._stub.ModelInfer, request, timeout=timeout, idempotent=True)
         return _answer(response)
+
+    async def _datatypes_of(self, model: str, version: str, timeout: float) -> Mapping[str, str]:
+        """Datatype by input name. Believed for as long as the client lives: versions that follow each other have one signature."""
+        if model not in self._datatypes:
+            metadata = await self.metadata(model, version, timeout=timeout)
+            self._datatypes[model] = {tensor.name: tensor.datatype for tensor in metadata.inputs}
+        return self._datatypes[model]
 
     async def is_ready(self, model: str, version: str = "", *, timeout: float = 1.0) -> bool:
         """Whether a request for the model would be admitted now."""
@@ -98,11 +107,17 @@ class InferenceClient:
         return response
 
 
-def _request(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> messages.ModelInferRequest:
+def _request(
+    model: str, inputs: Mapping[str, Any], outputs: Sequence[str], datatypes: Mapping[str, str]
+) -> messages.ModelInferRequest:
     request = messages.ModelInferRequest(model_name=model)
     for name, value in inputs.items():
-        array = np.asarray(value)
-        datatype = datatype_of(array)
+        if isinstance(value, np.ndarray) or name not in datatypes:
+            array = np.asarray(value)
+            datatype = datatype_of(array)
+        else:
+            datatype = datatypes[name]
+            array = np.asarray(value, dtype=NUMPY_TYPES[datatype])
         request.inputs.add(name=name, datatype=datatype, shape=array.shape)
         request.raw_input_contents.append(encode_raw(array, datatype))
     for name in outputs:
