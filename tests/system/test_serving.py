@@ -116,7 +116,7 @@ def bad_artifacts(tmp_path: Path) -> dict[str, tuple[str, set[str]]]:
         "truncated ONNX": (str(cut), {"INVALID_ARTIFACT"}),
         "bit flipped": (str(folder), {"DIGEST_MISMATCH"}),
         "other signature": (onnx_file(tmp_path, 5.0, columns=7), {"SIGNATURE_MISMATCH"}),
-        "other input name": (onnx_file(tmp_path, 6.0, input_name="z"), {"SIGNATURE_MISMATCH"}),
+        "other input name": (onnx_file(tmp_path, 6.0, input_name="q"), {"SIGNATURE_MISMATCH"}),
     }
 
 

@@ -156,30 +156,41 @@ def summary(console: Console, story: Story, broken: Sequence[str], home: str) ->
 
 def _training_summary(console: Console, story: Story) -> None:
     scene = story.scene
-    states = list(scene.checkpoints.values())
-    console.print(
-        f"training   {scene.step} steps, reward {story.reward_before_fault:.0f} before the fault, {story.reward_after:.0f} after the rollback; "
-        f"{len(scene.rollbacks)} rollback(s), {states.count('QUARANTINED')} checkpoint(s) quarantined",
-        highlight=False,
-    )
+    quarantined = list(scene.checkpoints.values()).count("QUARANTINED")
+    course = f"reward {story.reward_before_fault:.0f} before the fault, {story.reward_after:.0f} after the rollback"
+    counts = f"{len(scene.rollbacks)} rollback(s), {quarantined} checkpoint(s) quarantined"
+    _line(console, f"training   {scene.step} steps, {course}; {counts}")
     for rollback in scene.rollbacks:
-        console.print(
-            f"           rule {rollback['rule']}: {rollback['metric']} {rollback['value']:.4g}, limit {rollback['limit']:.4g}; step {rollback['from_step']} -> "
-            f"{rollback['to_step']}, decided by the {rollback['decided_by']}",
-            highlight=False,
-        )
+        _line(console, f"           {verdict(rollback)}; decided by the {rollback['decided_by']}")
+
+
+def verdict(rollback: dict[str, Any]) -> str:
+    """A rollback in one sentence: rule, value, limit, from step, to step."""
+    figures = f"{rollback['metric']} {rollback['value']:.4g}, limit {rollback['limit']:.4g}"
+    return f"rule {rollback['rule']}: {figures}; step {rollback['from_step']} -> {rollback['to_step']}"
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """A table without lines: the first column on the left, figures on the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    return table
 
 
 def _swap_summary(console: Console, receipts: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="swaps", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in ("swap", "from", "to", "step", "ended", "switch ms", "in flight", "drained", "cut", "failed"):
-        table.add_column(name, justify="left" if name in {"swap", "ended"} else "right")
+    columns = ("ended", "version", "step", "reward", "switch ms", "in flight", "drained", "cut", "failed")
+    table = _table("swaps, from their receipts", columns)
     for receipt in receipts:
-        switch = float(str(receipt.get("switch_duration") or "0s").removesuffix("s")) * 1000
-        table.add_row(
-            last(receipt["swap"]), last(receipt["stable_version"]) or "-", last(receipt["candidate_version"]), str(receipt.get("origin", {}).get("step", "-")),
-            receipt["state"], f"{switch:.1f}", str(receipt["in_flight_count"]), str(receipt["drained_count"]), str(receipt["cut_count"]), str(receipt["failed_count"]),
-        )  # fmt: skip
+        switch_ms = float(str(receipt.get("switch_duration") or "0s").removesuffix("s")) * 1000
+        versions = f"{last(receipt['stable_version']) or '-'} -> {last(receipt['candidate_version'])}"
+        counts = [str(receipt[f"{name}_count"]) for name in ("in_flight", "drained", "cut", "failed")]
+        step = str(receipt.get("origin", {}).get("step", "-"))
+        table.add_row(receipt["state"], versions, step, f"{receipt['reward'] or 0:.0f}", f"{switch_ms:.1f}", *counts)
     console.print()
     console.print(table)
 
@@ -187,9 +198,8 @@ def _swap_summary(console: Console, receipts: Sequence[dict[str, Any]]) -> None:
 def _traffic_summary(story: Story) -> Table:
     assert story.scene.load is not None
     report = story.scene.load.report()
-    table = Table(title=f"traffic: {report.count} requests, {report.rate:.0f}/s, failed {report.failed}", title_justify="left", title_style="bold", box=None, pad_edge=False)  # fmt: skip
-    for name in ("", "requests", "failed", "p50 ms", "p99 ms", "max ms"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"traffic: {report.count} requests, {report.rate:.0f}/s, failed {report.failed}"
+    table = _table(title, ("", "requests", "failed", "p50 ms", "p99 ms", "max ms"))
     words = {
         "before": "before the swaps",
         "during": "during a swap",
@@ -200,14 +210,8 @@ def _traffic_summary(story: Story) -> Table:
     }
     for name, f in [*report.windows.items(), *report.protocols.items()]:
         if f.count:
-            table.add_row(
-                words.get(name, name),
-                str(f.count),
-                str(f.failed),
-                f"{f.p50_ms:.2f}",
-                f"{f.p99_ms:.2f}",
-                f"{f.max_ms:.2f}",
-            )
+            times = [f"{value:.2f}" for value in (f.p50_ms, f.p99_ms, f.max_ms)]
+            table.add_row(words.get(name, name), str(f.count), str(f.failed), *times)
     return table
 
 
@@ -219,8 +223,4 @@ def _traces(console: Console, story: Story) -> None:
     for name, trace_id in rows:
         if trace_id:
             console.print(f"trace      {trace_id}  {name}", highlight=False)
-    console.print(
-        "           grep one in the logs, or set INTERLOCK_OTLP_ENDPOINT and open it in Jaeger",
-        style="dim",
-        highlight=False,
-    )
+    _line(console, "           grep one in the logs, or set INTERLOCK_OTLP_ENDPOINT and open it in Jaeger")

@@ -251,13 +251,14 @@ class Story:
             async for swap in self._admin.watch_swap(name):
                 self.scene.swap = swap
         receipt = await self._admin.receipt(name)
+        version = next(v for v in await self._admin.versions(MODEL) if v["name"] == receipt["candidate_version"])
+        receipt["reward"] = version.get("metrics", {}).get("reward")
         self.scene.receipts.append(receipt)
-        models = await self._admin.models()
-        route = next(m["route"] for m in models if last(m["name"]) == MODEL)
+        route = next(m["route"] for m in await self._admin.models() if last(m["name"]) == MODEL)
         self.scene.version, self.scene.epoch = last(route["stable_version"]), int(route["epoch"])
-        candidate, step = last(receipt["candidate_version"]), receipt.get("origin", {}).get("step", "?")
         self._say(
-            f"{name}: {receipt['state']}, version {candidate} of training step {step}; failed requests {receipt['failed_count']}"
+            f"swap to version {last(version['name'])}: {receipt['state']}; training step {version['origin']['step']}, "
+            f"reward {receipt['reward'] or 0:.0f}; requests failed by it {receipt['failed_count']}"
         )
 
     # --- the end ----------------------------------------------------------------------------------------------------------------

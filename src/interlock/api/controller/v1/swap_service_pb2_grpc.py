@@ -146,14 +146,14 @@ class SwapServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PauseSwap(self, request, context):
-        """Holds a swap before its next state change. Planned.
+        """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeSwap(self, request, context):
-        """Lets a held swap go on. Planned.
+        """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

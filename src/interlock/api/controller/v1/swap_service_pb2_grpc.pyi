@@ -50,9 +50,9 @@ class SwapServiceStub:
     RejectSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.RejectSwapRequest, _swap_service_pb2.RejectSwapResponse]
     """Ends a gated swap; stable serves on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     PauseSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.PauseSwapRequest, _swap_service_pb2.PauseSwapResponse]
-    """Holds a swap before its next state change. Planned."""
+    """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     ResumeSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.ResumeSwapRequest, _swap_service_pb2.ResumeSwapResponse]
-    """Lets a held swap go on. Planned."""
+    """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     PromoteSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.PromoteSwapRequest, _swap_service_pb2.PromoteSwapResponse]
     """Ends canary or soak early and completes the swap. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     AbortSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.AbortSwapRequest, _swap_service_pb2.AbortSwapResponse]
@@ -86,9 +86,9 @@ class SwapServiceAsyncStub(SwapServiceStub):
     RejectSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.RejectSwapRequest, _swap_service_pb2.RejectSwapResponse]  # type: ignore[assignment]
     """Ends a gated swap; stable serves on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     PauseSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.PauseSwapRequest, _swap_service_pb2.PauseSwapResponse]  # type: ignore[assignment]
-    """Holds a swap before its next state change. Planned."""
+    """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     ResumeSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.ResumeSwapRequest, _swap_service_pb2.ResumeSwapResponse]  # type: ignore[assignment]
-    """Lets a held swap go on. Planned."""
+    """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     PromoteSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.PromoteSwapRequest, _swap_service_pb2.PromoteSwapResponse]  # type: ignore[assignment]
     """Ends canary or soak early and completes the swap. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     AbortSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.AbortSwapRequest, _swap_service_pb2.AbortSwapResponse]  # type: ignore[assignment]
@@ -161,7 +161,7 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _swap_service_pb2.PauseSwapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.PauseSwapResponse, _abc.Awaitable[_swap_service_pb2.PauseSwapResponse]]:
-        """Holds a swap before its next state change. Planned."""
+        """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def ResumeSwap(
@@ -169,7 +169,7 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _swap_service_pb2.ResumeSwapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.ResumeSwapResponse, _abc.Awaitable[_swap_service_pb2.ResumeSwapResponse]]:
-        """Lets a held swap go on. Planned."""
+        """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def PromoteSwap(
