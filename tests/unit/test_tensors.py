@@ -133,3 +133,18 @@ def test_described_refusals(given_tensors: list[Described], field: str, text: st
 
 def test_order_of_inputs_is_free() -> None:
     tensors.check_described([B, A], SIGNATURE, SPECS)
+
+
+@pytest.mark.parametrize(
+    ("value", "bits"),
+    [(0.0, 0), (1.0, 0x3F80), (-2.5, 0xC020), (1.00390625, 0x3F80), (1.01171875, 0x3F82), (float("inf"), 0x7F80)],
+)
+def test_plain_numbers_become_bfloat16_bits(value: float, bits: int) -> None:
+    """The two in the middle lie half-way between neighbours and go to the even one."""
+    assert arrays.from_plain([value], "BF16").tolist() == [bits]
+
+
+def test_plain_numbers_that_do_not_fit_are_refused() -> None:
+    assert arrays.from_plain([1, 2], "INT8").dtype == np.int8
+    with pytest.raises((ValueError, OverflowError)):
+        arrays.from_plain([300], "INT8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -54,7 +55,7 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
     clock, own, keys = SystemClock(), config.inference, Keys(config.home)
     registry, recorder, metrics = Registry(), Recorder(own.recorded_requests), CollectorRegistry()
     counted = RequestMetrics(metrics)
-    plane = DataPlane(registry, recorder, counted)
+    plane = DataPlane(registry, recorder, counted, num_threads=_worker_threads(own.intra_op_threads))
     metrics.register(StateMetrics(registry, lambda: plane.num_queued))
     options = OnnxOptions(tuple(own.providers), own.intra_op_threads)
     file = AssignmentFile(config.home / f"replica-{own.port}.json")
@@ -93,6 +94,11 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
         await room.run(probe_interval_seconds=config.probe_interval_seconds, drain_seconds=own.drain_seconds)
         restoring.cancel()
     _log.info("stopped")
+
+
+def _worker_threads(intra_op_threads: int) -> int:
+    """As many runs at once as the cores allow, one core being left to the event loop."""
+    return max(1, len(os.sched_getaffinity(0)) // intra_op_threads - 1)
 
 
 def _probe(registry: Registry, replica: Replica, stopping: asyncio.Event) -> Callable[[], tuple[bool, dict[str, Any]]]:

@@ -101,7 +101,9 @@ class StateMetrics(Collector):
         for model, versions in snapshot.slots.items():
             routed = snapshot.routes.get(model)
             loaded.add_metric((model,), 1.0 if routed and routed.slots else 0.0)
-            memory.add_metric((model, "rss"), sum(s.opened.memory_bytes for s in versions.values() if s.opened))
+            memory.add_metric(
+                (model, "rss"), sum(opened.memory_bytes for opened in [s.opened for s in versions.values()] if opened)
+            )
             active.add_metric((model,), sum(s.in_flight for s in versions.values()))
             for slot in versions.values():
                 slots.add_metric((model, slot.version, slot.state), 1.0)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from interlock.api.oip import messages, rpc
-from interlock.runtime.arrays import NUMPY_TYPES, Array, datatype_of, decode_raw, encode_raw
+from interlock.runtime.arrays import Array, datatype_of, decode_raw, encode_raw, from_plain
 from interlock.runtime.channels import Caller, open_channel
 
 
@@ -117,7 +117,7 @@ def _request(
             datatype = datatype_of(array)
         else:
             datatype = datatypes[name]
-            array = np.asarray(value, dtype=NUMPY_TYPES[datatype])
+            array = from_plain(value, datatype)
         request.inputs.add(name=name, datatype=datatype, shape=array.shape)
         request.raw_input_contents.append(encode_raw(array, datatype))
     for name in outputs:

@@ -45,6 +45,14 @@ def datatype_of(array: Array) -> str:
         raise ValueError(f"numpy type {array.dtype} has no datatype in the Open Inference Protocol") from None
 
 
+def from_plain(value: Any, datatype: str) -> Array:
+    """Lists and numbers as an array of a datatype; BF16 rounds to nearest even. Raises ValueError or OverflowError for what does not fit."""
+    if datatype != "BF16":
+        return np.asarray(value, dtype=NUMPY_TYPES[datatype])
+    bits = np.asarray(value, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
 def encode_raw(array: Array, datatype: str) -> bytes:
     """Row-major little-endian bytes."""
     if datatype == "BYTES":
