@@ -297,11 +297,11 @@ def _create(**spec: Any) -> swap_service_pb2.CreateSwapRequest:
 @pytest.mark.parametrize(
     ("service", "method", "request_", "error", "reason"),
     [
-        ("swap", "GetSwap", swap_service_pb2.GetSwapRequest(name="swaps/none"), NotFound, "SWAP_UNKNOWN"),
+        ("swap", "GetSwap", swap_service_pb2.GetSwapRequest(name="swaps/none"), NotFound, "SWAP_NOT_FOUND"),
         ("swap", "GetSwap", swap_service_pb2.GetSwapRequest(name="none"), InvalidArgument, "INVALID_NAME"),
         ("swap", "CreateSwap", _create(candidate_version="models/policy"), InvalidArgument, "INVALID_NAME"),
-        ("swap", "CreateSwap", _create(candidate_version="models/none/versions/1"), NotFound, "MODEL_UNKNOWN"),
-        ("swap", "CreateSwap", _create(candidate_version="models/policy/versions/9"), NotFound, "VERSION_UNKNOWN"),
+        ("swap", "CreateSwap", _create(candidate_version="models/none/versions/1"), NotFound, "MODEL_NOT_FOUND"),
+        ("swap", "CreateSwap", _create(candidate_version="models/policy/versions/9"), NotFound, "VERSION_NOT_FOUND"),
         ("swap", "CreateSwap", _create(candidate_version=V1), FailedPrecondition, "ALREADY_STABLE"),
         ("swap", "CreateSwap", _create(candidate_version=V1, strategy=3), Unimplemented, "PLANNED"),
         ("swap", "CreateSwap", _create(candidate_version=V1, strategy=2), InvalidArgument, "INVALID_SPEC"),
@@ -312,7 +312,7 @@ def _create(**spec: Any) -> swap_service_pb2.CreateSwapRequest:
             FailedPrecondition,
             "NO_EARLIER_VERSION",
         ),
-        ("model", "GetModel", model_service_pb2.GetModelRequest(name="models/none"), NotFound, "MODEL_UNKNOWN"),
+        ("model", "GetModel", model_service_pb2.GetModelRequest(name="models/none"), NotFound, "MODEL_NOT_FOUND"),
         (
             "model",
             "RegisterVersion",
@@ -325,7 +325,7 @@ def _create(**spec: Any) -> swap_service_pb2.CreateSwapRequest:
             "RegisterVersion",
             model_service_pb2.RegisterVersionRequest(model="models/policy", artifact_uri="http://evil/x"),
             InvalidArgument,
-            "INVALID_URI",
+            "INVALID_ARTIFACT_URI",
         ),
         (
             "route",

@@ -237,7 +237,7 @@ class Reconciler:
         )
         row = self._store.version(model, version) if version else None
         if row is None and isinstance(command, swap_plan.Prepare):
-            raise NotFound(f"model {model!r} has no version {version!r}", reason="VERSION_UNKNOWN")
+            raise NotFound(f"model {model!r} has no version {version!r}", reason="VERSION_NOT_FOUND")
         fence = (self.token, swap.id if swap else "")
         result = await self._fleet.clients[address].execute(command, fence, row, view.instance, self._clock.now())
         if isinstance(result, Ack):
@@ -251,7 +251,7 @@ class Reconciler:
     async def _admit(self, command: Admit) -> Admission:
         row = self._store.version(command.model, command.version)
         if row is None:
-            raise NotFound(f"model {command.model!r} has no version {command.version!r}", reason="VERSION_UNKNOWN")
+            raise NotFound(f"model {command.model!r} has no version {command.version!r}", reason="VERSION_NOT_FOUND")
         size = await asyncio.to_thread(self._repository.verify, command.model, command.version, row.digest)
         return Admission(row.digest, size)
 

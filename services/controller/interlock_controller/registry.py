@@ -106,13 +106,13 @@ def parse_uri(uri: str) -> Path:
     """The local path in a path or a `file://` URI.
 
     Raises:
-        InvalidArgument: `INVALID_URI`.
+        InvalidArgument: `INVALID_ARTIFACT_URI`.
     """
     parts = urlsplit(uri)
     if not uri or "\0" in uri or (parts.scheme and (parts.scheme != "file" or parts.netloc not in ("", "localhost"))):
         raise InvalidArgument(
             f"artifact_uri: {uri[:200]!r} is not a local path or a file:// URI",
-            reason="INVALID_URI",
+            reason="INVALID_ARTIFACT_URI",
             field="artifact_uri",
             metadata={"value": uri[:200]},
         )

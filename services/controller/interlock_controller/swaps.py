@@ -42,11 +42,11 @@ class Swaps:
     # --- reading ------------------------------------------------------------------------------------------------------------------
 
     def get(self, swap_id: str) -> Swap:
-        """One swap. Raises NotFound `SWAP_UNKNOWN`."""
+        """One swap. Raises NotFound `SWAP_NOT_FOUND`."""
         swap = self._store.swap(swap_id)
         if swap is None:
             raise NotFound(
-                f"there is no swap {swap_id!r}", reason="SWAP_UNKNOWN", field="name", metadata={"swap": swap_id}
+                f"there is no swap {swap_id!r}", reason="SWAP_NOT_FOUND", field="name", metadata={"swap": swap_id}
             )
         return swap
 
@@ -63,24 +63,24 @@ class Swaps:
         return found
 
     def version(self, model: str, version: str, field: str = "version") -> VersionRow:
-        """One version. Raises NotFound `MODEL_UNKNOWN`, `VERSION_UNKNOWN`."""
+        """One version. Raises NotFound `MODEL_NOT_FOUND`, `VERSION_NOT_FOUND`."""
         self.check_model(model, field)
         row = self._store.version(model, version)
         if row is None:
             raise NotFound(
                 f"model {model!r} has no version {version!r}",
-                reason="VERSION_UNKNOWN",
+                reason="VERSION_NOT_FOUND",
                 field=field,
                 metadata={"model": model, "version": version},
             )
         return row
 
     def check_model(self, model: str, field: str = "model") -> None:
-        """Passes a model that has versions. Raises NotFound `MODEL_UNKNOWN`."""
+        """Passes a model that has versions. Raises NotFound `MODEL_NOT_FOUND`."""
         if model not in self._store.models():
             raise NotFound(
                 f"there is no model {model!r}; register a version of it first",
-                reason="MODEL_UNKNOWN",
+                reason="MODEL_NOT_FOUND",
                 field=field,
                 metadata={"model": model},
             )
@@ -206,7 +206,7 @@ class Swaps:
         """Moves a model back to an earlier version: by reverting a swap that still can, else by a swap on the fast track.
 
         Raises:
-            NotFound: `MODEL_UNKNOWN`, `VERSION_UNKNOWN`.
+            NotFound: `MODEL_NOT_FOUND`, `VERSION_NOT_FOUND`.
             FailedPrecondition: `NO_EARLIER_VERSION`, `QUARANTINED`, `ALREADY_STABLE`.
         """
         if request is not None and (known := self._store.answered(request)) is not None:
@@ -271,7 +271,7 @@ class Swaps:
         """A route by hand: an A/B split, or nothing at all.
 
         Raises:
-            NotFound: `MODEL_UNKNOWN`, `VERSION_UNKNOWN`.
+            NotFound: `MODEL_NOT_FOUND`, `VERSION_NOT_FOUND`.
             InvalidArgument: `INVALID_WEIGHTS`.
             Aborted: `SWAP_IN_PROGRESS`, `STALE_EPOCH`.
             FailedPrecondition: `QUARANTINED`.

@@ -151,7 +151,7 @@ class SqliteControllerStore:
         if row is None:
             raise NotFound(
                 f"model {model!r} has no version {version!r}",
-                reason="VERSION_UNKNOWN",
+                reason="VERSION_NOT_FOUND",
                 metadata={"model": model, "version": version},
             )
         changed = replace(row, quarantined=reason)

@@ -78,11 +78,11 @@ class Database:
         self._depth += 1
         try:
             yield self._connection
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        else:
             self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # also after a COMMIT that failed: it leaves the transaction open
+                self._connection.execute("ROLLBACK")
+            raise
         finally:
             self._depth -= 1
 

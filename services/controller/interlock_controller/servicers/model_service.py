@@ -80,7 +80,7 @@ class ModelServicer(rpc.ModelServiceServicer):
         of, version = names.parse_version(request.version) if request.version else (model, "")
         if of != model:
             raise NotFound(
-                f"{request.version} is not a version of {request.model}", reason="VERSION_UNKNOWN", field="version"
+                f"{request.version} is not a version of {request.model}", reason="VERSION_NOT_FOUND", field="version"
             )
         swap = self._swaps.roll_back(
             model,
@@ -111,7 +111,9 @@ class ModelServicer(rpc.ModelServiceServicer):
         route = self._store.route(model)
         version = names.parse_version(request.version)[1] if request.version else route.heaviest()
         if version is None:
-            raise NotFound(f"model {model!r} serves nothing; name a version", reason="VERSION_UNKNOWN", field="version")
+            raise NotFound(
+                f"model {model!r} serves nothing; name a version", reason="VERSION_NOT_FOUND", field="version"
+            )
         row = self._swaps.version(model, version)
         swaps = [
             s

@@ -32,7 +32,7 @@ class PolicyServicer(rpc.PolicyServiceServicer):
                 return pb.GetPolicyResponse(policy=policy)
         raise NotFound(
             f"there is no {request.kind or 'nameless'} policy {request.name!r}",
-            reason="POLICY_UNKNOWN",
+            reason="POLICY_NOT_FOUND",
             field="name",
             metadata={"kind": request.kind, "name": request.name},
         )

@@ -103,7 +103,8 @@ class SwapServiceServicer:
 
     def CreateSwap(self, request, context):
         """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
-        (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
+        (SWAP_IN_PROGRESS), RESOURCE_EXHAUSTED (SWAP_QUEUE_FULL), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS
+        (REQUEST_ID_REUSED). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,14 +147,15 @@ class SwapServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PauseSwap(self, request, context):
-        """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s.
+        """Holds a swap before its next state change; its timers stand still. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION).
+        Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeSwap(self, request, context):
-        """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s.
+        """Lets a held swap go on. Idempotent. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

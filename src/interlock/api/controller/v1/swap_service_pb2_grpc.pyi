@@ -35,7 +35,8 @@ class SwapServiceStub:
     def __new__(cls, channel: _aio.Channel) -> SwapServiceAsyncStub: ...
     CreateSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.CreateSwapRequest, _swap_service_pb2.CreateSwapResponse]
     """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
-    (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
+    (SWAP_IN_PROGRESS), RESOURCE_EXHAUSTED (SWAP_QUEUE_FULL), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS
+    (REQUEST_ID_REUSED). Deadline: 5 s.
     """
     GetSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.GetSwapRequest, _swap_service_pb2.GetSwapResponse]
     """Reads one swap. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
@@ -50,9 +51,11 @@ class SwapServiceStub:
     RejectSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.RejectSwapRequest, _swap_service_pb2.RejectSwapResponse]
     """Ends a gated swap; stable serves on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     PauseSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.PauseSwapRequest, _swap_service_pb2.PauseSwapResponse]
-    """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
+    """Holds a swap before its next state change; its timers stand still. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION).
+    Deadline: 5 s.
+    """
     ResumeSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.ResumeSwapRequest, _swap_service_pb2.ResumeSwapResponse]
-    """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
+    """Lets a held swap go on. Idempotent. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
     PromoteSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.PromoteSwapRequest, _swap_service_pb2.PromoteSwapResponse]
     """Ends canary or soak early and completes the swap. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     AbortSwap: _grpc.UnaryUnaryMultiCallable[_swap_service_pb2.AbortSwapRequest, _swap_service_pb2.AbortSwapResponse]
@@ -71,7 +74,8 @@ class SwapServiceAsyncStub(SwapServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.CreateSwapRequest, _swap_service_pb2.CreateSwapResponse]  # type: ignore[assignment]
     """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
-    (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
+    (SWAP_IN_PROGRESS), RESOURCE_EXHAUSTED (SWAP_QUEUE_FULL), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS
+    (REQUEST_ID_REUSED). Deadline: 5 s.
     """
     GetSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.GetSwapRequest, _swap_service_pb2.GetSwapResponse]  # type: ignore[assignment]
     """Reads one swap. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
@@ -86,9 +90,11 @@ class SwapServiceAsyncStub(SwapServiceStub):
     RejectSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.RejectSwapRequest, _swap_service_pb2.RejectSwapResponse]  # type: ignore[assignment]
     """Ends a gated swap; stable serves on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     PauseSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.PauseSwapRequest, _swap_service_pb2.PauseSwapResponse]  # type: ignore[assignment]
-    """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
+    """Holds a swap before its next state change; its timers stand still. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION).
+    Deadline: 5 s.
+    """
     ResumeSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.ResumeSwapRequest, _swap_service_pb2.ResumeSwapResponse]  # type: ignore[assignment]
-    """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
+    """Lets a held swap go on. Idempotent. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
     PromoteSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.PromoteSwapRequest, _swap_service_pb2.PromoteSwapResponse]  # type: ignore[assignment]
     """Ends canary or soak early and completes the swap. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
     AbortSwap: _aio.UnaryUnaryMultiCallable[_swap_service_pb2.AbortSwapRequest, _swap_service_pb2.AbortSwapResponse]  # type: ignore[assignment]
@@ -110,7 +116,8 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.CreateSwapResponse, _abc.Awaitable[_swap_service_pb2.CreateSwapResponse]]:
         """Records a swap and starts it. Idempotent by request_id. Errors: NOT_FOUND (MODEL_NOT_FOUND, VERSION_NOT_FOUND), ABORTED
-        (SWAP_IN_PROGRESS), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS (REQUEST_ID_REUSED). Deadline: 5 s.
+        (SWAP_IN_PROGRESS), RESOURCE_EXHAUSTED (SWAP_QUEUE_FULL), FAILED_PRECONDITION (QUARANTINED, ALREADY_STABLE), ALREADY_EXISTS
+        (REQUEST_ID_REUSED). Deadline: 5 s.
         """
 
     @_abc_1.abstractmethod
@@ -161,7 +168,9 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _swap_service_pb2.PauseSwapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.PauseSwapResponse, _abc.Awaitable[_swap_service_pb2.PauseSwapResponse]]:
-        """Holds a swap before its next state change. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
+        """Holds a swap before its next state change; its timers stand still. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION).
+        Deadline: 5 s.
+        """
 
     @_abc_1.abstractmethod
     def ResumeSwap(
@@ -169,7 +178,7 @@ class SwapServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _swap_service_pb2.ResumeSwapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_swap_service_pb2.ResumeSwapResponse, _abc.Awaitable[_swap_service_pb2.ResumeSwapResponse]]:
-        """Lets a held swap go on. Idempotent. Errors: FAILED_PRECONDITION (ILLEGAL_TRANSITION). Deadline: 5 s."""
+        """Lets a held swap go on. Idempotent. Errors: NOT_FOUND (SWAP_NOT_FOUND). Deadline: 5 s."""
 
     @_abc_1.abstractmethod
     def PromoteSwap(
