@@ -31,7 +31,6 @@ from interlock.training.terms import Hello, Promotion, Start, Supervisor
 
 _log = structlog.get_logger(__name__)
 AUTO = "auto"
-DEFAULT_TRAINER = "127.0.0.1:8002"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +199,7 @@ def _components(
 def _supervisor(
     trainer: str | None, hello: Hello, folder: Path, steplog: StepLog, connect_seconds: float
 ) -> tuple[Supervisor, Start]:
-    address = os.environ.get("INTERLOCK_TRAINER_ADDRESS", DEFAULT_TRAINER) if trainer == AUTO else trainer
+    address = f"127.0.0.1:{os.environ.get('INTERLOCK_TRAINER_PORT', '8002')}" if trainer == AUTO else trainer
     if address:
         from interlock.training.remote import Remote, listening
 
