@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from interlock.core.route import Route, Weight, change
-from interlock.core.swap import Swap
+from interlock.core.swap import State, Swap
 from interlock.core.swap_plan import CommitRoute, Decision, Quarantine, RevertRoute, SwapReceipt, WriteReceipt, receipt
 from interlock.errors import Aborted, NotFound
 from interlock.stores.controller import (
@@ -177,6 +177,12 @@ class MemoryControllerStore:
 
     def active_swaps(self, model: str = "") -> list[Swap]:
         return [s for s in self.disk["swaps"].values() if not s.terminal and model in ("", s.spec.model)]
+
+    def completed_swaps(self, model: str, *, limit: int = 100) -> list[Swap]:
+        return [s for s in self.swaps(model, limit=1_000_000) if s.state is State.COMPLETED][:limit]
+
+    def proven(self, model: str) -> frozenset[str]:
+        return frozenset(s.spec.candidate for s in self.completed_swaps(model, limit=1_000_000))
 
     def swap_events(self, swap_id: str, after_revision: int = 0) -> list[SwapEvent]:
         keys = sorted(key for key in self.disk["events"] if key[0] == swap_id and key[1] > after_revision)

@@ -150,6 +150,18 @@ def test_an_end_writes_the_receipt_and_frees_the_model(open_store: Open) -> None
     assert store.active_swaps() == []
 
 
+def test_what_completed_is_proven(open_store: Open) -> None:
+    store = open_store()
+    for n, candidate in enumerate(["2", "3", "2"]):
+        swap = Swap(f"s{n}", SwapSpec("policy", candidate), created_at=float(n), state=State.KEEP_WARM)
+        store.create_swap(swap, None)
+        assert f"s{n}" not in [s.id for s in store.completed_swaps("policy")]
+        store.write_swap(swap, act(Snapshot(swap, store.route("policy")), Event.RELEASED, 5.0), 5.0)
+    assert [s.id for s in open_store().completed_swaps("policy", limit=2)] == ["s2", "s1"]
+    assert open_store().proven("policy") == {"2", "3"}
+    assert store.proven("other") == frozenset()
+
+
 def test_a_reverted_version_is_forbidden_in_the_same_write(open_store: Open) -> None:
     store = open_store()
     store.add_version(ROW)

@@ -115,6 +115,8 @@ def test_held_time_does_not_count() -> None:
         ({"prepare_seconds": float("nan")}, "spec.prepare_seconds"),
         ({"warmup_iterations": 0}, "spec.warmup_iterations"),
         ({"error_rate_max": 1.5}, "spec.error_rate_max"),
+        ({"compare": CompareLimits(abs_error_max=float("nan"))}, "spec.compare_limits.abs_error_max"),
+        ({"compare": CompareLimits(top1_agreement_min=1.5)}, "spec.compare_limits.top1_agreement_min"),
         ({"strategy": Strategy.CANARY}, "spec.canary_percents"),
         ({"canary_percents": (10,)}, "spec.canary_percents"),
         ({"strategy": Strategy.CANARY, "canary_percents": (50, 10)}, "spec.canary_percents"),

@@ -95,7 +95,7 @@ class Story:
                 if self.controller.attempt_and_finish(swap.id, command):
                     busy = True
                 busy |= self.store.swaps[swap.id].revision != revision
-        for command in self.controller.assignments():
+        for command in [] if busy else self.controller.assignments():
             busy |= self.controller.attempt_and_finish("", command)
         return busy
 

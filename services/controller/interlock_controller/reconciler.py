@@ -28,6 +28,7 @@ from interlock_controller.changed import Changed
 from interlock_controller.fleet import Fleet
 
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.2, 5.0
+FORGET_SECONDS = 60.0
 MOVES_MAX = 30  # of one swap in one round: more than any path through the table
 RETRYABLE = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED"})
 LOST_AGAIN = frozenset({"SLOT_UNKNOWN", "NOT_LOADED", "RELEASED", "VERSION_NOT_READY", "VERSION_ROUTED"})
@@ -111,10 +112,15 @@ class Reconciler:
             for swap in self._store.active_swaps():
                 self._drive(swap.id)
             self._assign()
+            self._forget_failures()
         except sqlite3.OperationalError as error:
             _log.error(
                 "store_failed", problem=str(error)
             )  # e.g. disk full: nothing was written; the next round tries again
+
+    def _forget_failures(self) -> None:
+        now = self._clock.monotonic()
+        self._failures = {k: f for k, f in self._failures.items() if now < f[1] + FORGET_SECONDS}
 
     def _drop_pointless(self) -> None:
         """Ends the preparation of swaps that have given up."""

@@ -21,7 +21,7 @@ from interlock.stores.controller import ControllerStore, Request, VersionRow
 from interlock_controller import failpoints
 from interlock_controller.reconciler import Reconciler
 
-HISTORY = 1000
+HISTORY = 100
 _log = structlog.get_logger(__name__)
 _ENDED_BY = {
     Event.ABORT: {State.ABORTING, State.CANCELLED, State.REVERTING, State.REVERTED},
@@ -130,7 +130,7 @@ class Swaps:
         now = self._clock.now()
         swap = Swap(
             _swap_id(now),
-            replace(spec, fast_track=spec.fast_track and spec.candidate in self.proven(spec.model)),
+            replace(spec, fast_track=spec.fast_track and spec.candidate in self._store.proven(spec.model)),
             now,
             changed_at=now,
             actor=actor,
@@ -176,17 +176,9 @@ class Swaps:
 
     # --- going back ---------------------------------------------------------------------------------------------------------------
 
-    def completed(self, model: str) -> list[Swap]:
-        """Swaps that completed, newest first."""
-        return [s for s in self._store.swaps(model, limit=HISTORY) if s.state is State.COMPLETED]
-
-    def proven(self, model: str) -> frozenset[str]:
-        """Versions that have completed a swap."""
-        return frozenset(s.spec.candidate for s in self.completed(model))
-
     def earlier(self, model: str, left: str) -> str | None:
         """The version that served last before `left`, among those that may serve."""
-        done = self.completed(model)
+        done = self._store.completed_swaps(model, limit=HISTORY)
         served = [v for s in done for v in (s.spec.candidate, s.stable_version) if v]
         order = list(dict.fromkeys(served))
         behind = order[order.index(left) + 1 :] if left in order else order
@@ -194,7 +186,7 @@ class Swaps:
 
     def nodes(self, model: str) -> list[VersionNode]:
         """A model's versions as the lineage sees them."""
-        proven = self.proven(model)
+        proven = self._store.proven(model)
         return [
             VersionNode(model, v.version, v.digest, v.origin.checkpoint, bool(v.quarantined), v.version in proven)
             for v in self._store.versions(model)

@@ -224,6 +224,7 @@ def check_spec(spec: SwapSpec) -> SwapSpec:
         1 <= spec.warmup_iterations <= 1000, "warmup_iterations", f"{spec.warmup_iterations} is not between 1 and 1000"
     )
     _require(0 <= spec.error_rate_max <= 1, "error_rate_max", f"{spec.error_rate_max} is not between 0 and 1")
+    _check_limits(spec.compare)
     steps = spec.canary_percents
     if spec.strategy is Strategy.CANARY:
         _require(bool(steps), "canary_percents", "a canary needs at least one share, e.g. [5, 25, 50]")
@@ -232,6 +233,15 @@ def check_spec(spec: SwapSpec) -> SwapSpec:
     _require(all(1 <= p <= 99 for p in steps), "canary_percents", f"{list(steps)}: each share lies between 1 and 99")
     _require(list(steps) == sorted(set(steps)), "canary_percents", f"{list(steps)} does not rise from step to step")
     return spec
+
+
+def _check_limits(limits: CompareLimits) -> None:
+    for name in ("abs_error_max", "rel_error_max", "top1_agreement_min"):
+        value = getattr(limits, name)
+        high = 1.0 if name == "top1_agreement_min" else float("inf")
+        _require(
+            value is None or 0 <= value <= high, f"compare_limits.{name}", f"{value} is not between 0 and {high:g}"
+        )
 
 
 def _require(holds: bool, field_name: str, why: str) -> None:
@@ -320,7 +330,8 @@ class Figures:
     latency_p99_after: float = 0.0
     failures_before: int = 0
     failures_after: int = 0
-    switched_at: float = 0.0
+    switched_at: float = 0.0  # the route was committed
+    routed_at: float = 0.0  # the last replica acknowledged it
     verdicts: tuple[str, ...] = ()
 
 

@@ -40,6 +40,8 @@ from interlock.core.swap import (
     move,
 )
 
+ACK_GRACE_SECONDS = 0.5
+"""How long a replica that is seen to route the epoch may take to say so itself: its answer carries what was in flight."""
 ANALYSIS_REQUESTS_MIN = 20
 """Below this many answers an error rate says nothing: INCONCLUSIVE."""
 
@@ -425,6 +427,8 @@ def _switching(snapshot: Snapshot, now: float) -> Decision:
     swap = snapshot.swap
     if not _routed(snapshot):
         return _wait_for_route(snapshot, now)
+    if not _acknowledged(snapshot) and now < swap.changed_at + ACK_GRACE_SECONDS:
+        return Decision(swap)
     if swap.spec.strategy is Strategy.CANARY and len(snapshot.route.weights) > 1:
         return act(snapshot, Event.STEP, now, f"{swap.spec.canary_percents[0]} % to the candidate")
     return act(snapshot, Event.FULL, now, f"epoch {swap.epoch} in force on {len(snapshot.replicas)} replica(s)")
@@ -432,6 +436,11 @@ def _switching(snapshot: Snapshot, now: float) -> Decision:
 
 def _routed(snapshot: Snapshot) -> bool:
     return bool(snapshot.replicas) and all(r.epoch >= snapshot.route.epoch for r in snapshot.replicas)
+
+
+def _acknowledged(snapshot: Snapshot) -> bool:
+    said = {(ack.replica, ack.instance) for ack in snapshot.swap.acks if ack.epoch == snapshot.swap.epoch}
+    return all((r.name, r.instance) in said for r in snapshot.replicas)
 
 
 def _wait_for_route(snapshot: Snapshot, now: float) -> Decision:
@@ -648,6 +657,8 @@ def _measured(moved: Swap, snapshot: Snapshot, now: float) -> Swap:
             taken = {"latency_p50_before": p50, "latency_p99_before": p99, "failures_before": _failures(snapshot)}
         case State.SWITCHING:
             taken = {"switched_at": now}
+        case State.CANARY | State.SOAKING if not moved.figures.routed_at:
+            taken = {"routed_at": max((a.at for a in moved.acks if a.epoch == moved.epoch), default=now)}
         case State.DRAINING:
             p50, p99 = _latency(snapshot)
             taken = {"latency_p50_during": p50, "latency_p99_during": p99}
@@ -773,7 +784,7 @@ def receipt(swap: Swap) -> SwapReceipt:
         compare_samples=sum(c.samples for c in swap.comparisons),
         compare_max_abs_error=max((c.max_abs_error for c in swap.comparisons), default=0.0),
         compare_top1_agreement=min((c.top1_agreement for c in swap.comparisons), default=0.0),
-        switch_seconds=max((a.at - swap.figures.switched_at for a in acks if a.at), default=0.0),
+        switch_seconds=max(0.0, swap.figures.routed_at - swap.figures.switched_at),
         in_flight=sum(a.in_flight for a in acks),
         drained=sum(d.drained for d in swap.drains),
         cut=cut,

@@ -49,9 +49,10 @@ CREATE TABLE quarantine (digest TEXT PRIMARY KEY, reason TEXT NOT NULL, actor TE
 CREATE TABLE routes (model TEXT PRIMARY KEY, epoch INTEGER NOT NULL, body TEXT NOT NULL, by TEXT NOT NULL, at REAL NOT NULL) STRICT;
 CREATE TABLE swaps (
   number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, model TEXT NOT NULL, active INTEGER NOT NULL,
-  revision INTEGER NOT NULL, body TEXT NOT NULL
+  candidate TEXT NOT NULL, state TEXT NOT NULL, revision INTEGER NOT NULL, body TEXT NOT NULL
 ) STRICT;
 CREATE INDEX swaps_by_model ON swaps (model, active);
+CREATE INDEX swaps_by_state ON swaps (model, state);
 CREATE TABLE swap_events (swap TEXT NOT NULL, revision INTEGER NOT NULL, at REAL NOT NULL, body TEXT NOT NULL,
   PRIMARY KEY (swap, revision)) STRICT;
 CREATE TABLE receipts (swap TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
@@ -216,8 +217,8 @@ class SqliteControllerStore:
             for before, decision in ended:
                 self.write_swap(before, decision, swap.created_at)
             tx.execute(
-                "INSERT INTO swaps (id, model, active, revision, body) VALUES (?, ?, 1, ?, ?)",
-                (swap.id, swap.spec.model, swap.revision, codec.dumps(swap)),
+                "INSERT INTO swaps (id, model, active, candidate, state, revision, body) VALUES (?, ?, 1, ?, ?, ?, ?)",
+                (swap.id, swap.spec.model, swap.spec.candidate, swap.state.value, swap.revision, codec.dumps(swap)),
             )
             self._note(tx, swap, swap.created_at)
             if request is not None and request.id:
@@ -229,8 +230,9 @@ class SqliteControllerStore:
         after = decision.swap
         with self._db.transaction() as tx:
             self._fence(tx)
-            sql = "UPDATE swaps SET active = ?, revision = ?, body = ? WHERE id = ? AND revision = ?"
-            values = (int(after.state not in TERMINAL), after.revision, codec.dumps(after), after.id, before.revision)
+            sql = "UPDATE swaps SET active = ?, state = ?, revision = ?, body = ? WHERE id = ? AND revision = ?"
+            changed = (int(after.state not in TERMINAL), after.state.value, after.revision, codec.dumps(after))
+            values = (*changed, after.id, before.revision)
             if tx.execute(sql, values).rowcount != 1:
                 raise stale_row(before)
             self._carry_out(tx, after, decision.store, at)
@@ -272,6 +274,16 @@ class SqliteControllerStore:
         """Those that have not ended, oldest first."""
         sql = "SELECT body FROM swaps WHERE active = 1 AND (? = '' OR model = ?) ORDER BY number"
         return [codec.loads(Swap, row[0]) for row in self._db.all(sql, model, model)]
+
+    def completed_swaps(self, model: str, *, limit: int = 100) -> list[Swap]:
+        """Newest first."""
+        sql = "SELECT body FROM swaps WHERE model = ? AND state = 'COMPLETED' ORDER BY number DESC LIMIT ?"
+        return [codec.loads(Swap, row[0]) for row in self._db.all(sql, model, limit)]
+
+    def proven(self, model: str) -> frozenset[str]:
+        """Every version that has completed a swap."""
+        sql = "SELECT DISTINCT candidate FROM swaps WHERE model = ? AND state = 'COMPLETED'"
+        return frozenset(row[0] for row in self._db.all(sql, model))
 
     def swap_events(self, swap_id: str, after_revision: int = 0) -> list[SwapEvent]:
         """The states entered, oldest first."""
