@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from interlock.stores import artifacts
+from interlock.stores import artifacts, golden
 from interlock.stores.artifacts import ModelSpec, TensorSpec
 
 OPSET = [helper.make_opsetid("", 17)]
@@ -80,7 +80,15 @@ def two_inputs() -> bytes:
     )
 
 
-def write_version(folder: Path, body: bytes, *, name: str = "policy", step: int = 0, columns: int = 4) -> str:
+def write_version(
+    folder: Path,
+    body: bytes,
+    *,
+    name: str = "policy",
+    step: int = 0,
+    columns: int = 4,
+    golden_inputs: dict[str, dict[str, np.ndarray]] | None = None,
+) -> str:
     """A version folder as the trainer's export writes it, for models with x and y; its digest."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(body)
@@ -89,4 +97,6 @@ def write_version(folder: Path, body: bytes, *, name: str = "policy", step: int 
         name, (TensorSpec("x", "FP32", shape),), (TensorSpec("y", "FP32", shape),), source={"run": "r", "step": step}
     )
     artifacts.write_spec(folder, spec)
+    if golden_inputs:
+        golden.write(folder, golden_inputs)
     return artifacts.write_manifest(folder).digest

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import onnx_models
 from interlock.core.route import Route, Weight
@@ -24,6 +26,7 @@ from interlock.errors import (
     Unavailable,
 )
 from interlock.runtime.clock import SystemClock
+from interlock.stores import artifacts, golden
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array
@@ -67,7 +70,7 @@ class World:
     replica: Replica
     recorder: Recorder
 
-    def artifact(self, version: str, body: bytes | None = None, **more: int) -> str:
+    def artifact(self, version: str, body: bytes | None = None, **more: Any) -> str:
         folder = self.home / "models" / "policy" / version
         onnx_models.write_version(folder, body or onnx_models.constant(float(version)), **more)
         return str(folder)
@@ -357,6 +360,47 @@ async def test_comparison_prefers_recorded_requests(world: World) -> None:
     _, warmup = await world.replica.warm("policy", "3", 5)
     assert warmup.iterations == 5
     assert warmup.num_recorded == 3
+
+
+async def test_the_golden_set_is_warmed_up_with_and_compared_on(world: World) -> None:
+    chosen = {f"case-{n}": {"x": np.full((n, 4), n, np.float32)} for n in (1, 2, 3)}
+    chosen["of another shape"] = {"x": np.zeros((1, 5), np.float32)}
+    await world.load("1")
+    async for _ in world.replica.prepare(Wanted("policy", "2", world.artifact("2", golden_inputs=chosen))):
+        pass
+    _, warmup = await world.replica.warm("policy", "2", 3)
+    assert (warmup.iterations, warmup.num_recorded) == (3, 0)
+    seen, num_recorded = await world.replica.compare("policy", "1", "2", 0)
+    assert (seen.num_samples, seen.num_rows, num_recorded) == (3, 6, 0)
+    await world.route(1, "1")
+    await world.plane.infer(call())
+    seen, num_recorded = await world.replica.compare("policy", "1", "2", 0)
+    assert (seen.num_samples, num_recorded) == (4, 1)
+
+
+async def test_a_warm_up_that_fails_says_what_it_needs(world: World) -> None:
+    """Made-up inputs have 1 in a free dimension; this model needs a multiple of 3."""
+    three = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", 3])
+    body = onnx_models.make(
+        [helper.make_node("Reshape", ["x", "s"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [three],
+        (numpy_helper.from_array(np.array([-1, 3]), "s"),),
+    )
+    folder = world.home / "r"
+    for version, golden_inputs in (("1", {}), ("2", {"a": {"x": np.zeros(6, np.float32)}})):
+        (folder / version).mkdir(parents=True)
+        (folder / version / "model.onnx").write_bytes(body)
+        if golden_inputs:
+            golden.write(folder / version, golden_inputs)
+        artifacts.write_manifest(folder / version)
+        async for _ in world.replica.prepare(Wanted("policy", version, str(folder / version))):
+            pass
+    with pytest.raises(FailedPrecondition, match=r"golden\.npz") as failed:
+        await world.replica.warm("policy", "1", 0)
+    assert failed.value.reason == "WARMUP_FAILED"
+    assert world.registry.find("policy", "1").state is SlotState.STOPPED
+    assert (await world.replica.warm("policy", "2", 0))[0].state is SlotState.READY
 
 
 async def test_parked_versions_come_back_at_once(world: World) -> None:

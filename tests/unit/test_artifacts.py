@@ -1,13 +1,16 @@
 """Artifact folders: what is written is read back, and every byte that changed is named."""
 
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interlock.errors import DataLoss, InterlockError, InvalidArgument, NotFound
-from interlock.stores import artifacts
+from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
+from interlock.stores import artifacts, golden
 from interlock.stores.artifacts import ModelSpec, TensorSpec
 
 SPEC = ModelSpec(
@@ -103,3 +106,33 @@ def test_a_wrong_spec_names_its_field(table: dict[str, object], field: str) -> N
     with pytest.raises(InterlockError) as refused:
         artifacts.parse_spec(table)
     assert refused.value.field == field
+
+
+def test_golden_sets(tmp_path: Path) -> None:
+    assert golden.read(tmp_path) == {}
+    golden.write(tmp_path, {"a": {"x": np.arange(3.0), "t": np.array(["ü", ""])}, "b": {"x": np.zeros((0, 2))}})
+    back = golden.read(tmp_path)
+    assert back["a"]["x"].tolist() == [0.0, 1.0, 2.0]
+    assert back["a"]["t"].tolist() == ["ü".encode(), b""]
+    assert back["b"]["x"].shape == (0, 2)
+
+
+def bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/x.npy", b"\0" * (golden.BYTES_MAX + 1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda path: path.write_bytes(b"not a zip"), "not a golden set"),
+        (lambda path: np.savez(path, x=np.zeros(1)), "<sample>/<input>"),
+        (lambda path: np.savez(path, **{"a/x": np.array([{}], dtype=object)}), "not a golden set"),
+        (bomb, "at most"),
+    ],
+)
+def test_what_is_not_a_golden_set(tmp_path: Path, spoil: Callable[[Path], None], text: str) -> None:
+    spoil(tmp_path / "golden.npz")
+    with pytest.raises(FailedPrecondition, match=text) as refused:
+        golden.read(tmp_path)
+    assert refused.value.reason == "INVALID_ARTIFACT"

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ import structlog
 from interlock.core.ports import Clock
 from interlock.core.route import Route, admit, stale_epoch
 from interlock.errors import AlreadyExists, FailedPrecondition, InterlockError, Internal, NotFound
+from interlock.stores import golden
 from interlock_inference import compare, repository
 from interlock_inference.assignment import Assigned, AssignedModel, Assignment, AssignmentFile
 from interlock_inference.changed import Changed
@@ -277,7 +279,7 @@ class Replica:
     # --- warm and compare ---
 
     async def warm(self, model: str, version: str, iterations: int) -> tuple[Slot, Warmup]:
-        """Runs warm-up inferences on recorded requests where they fit, else on made-up inputs, and makes the slot ready.
+        """Runs warm-up inferences on recorded requests, the golden set, or made-up inputs, and makes the slot ready.
 
         Raises:
             NotFound: `SLOT_UNKNOWN`.
@@ -286,7 +288,7 @@ class Replica:
         slot = self._known(model, version)
         if slot.warmup is not None and slot.state is not SlotState.WARMING_UP:
             return slot, slot.warmup
-        samples, num_recorded = self._samples([slot], 8)
+        samples, num_recorded = self._samples([slot], 8, await self._golden(slot))
         work = [samples[i % len(samples)] for i in range(iterations or self._warmup_iterations)]
         try:
             timings = await self._held((slot,), lambda: self._run_warm(slot, work))
@@ -294,7 +296,7 @@ class Replica:
             slot.fail(f"WARMUP_FAILED: {error.message}")
             self.changed.fire()
             raise FailedPrecondition(
-                f"{slot.name}: warm-up failed: {error.message}",
+                f"{slot.name}: warm-up failed: {error.message} (a model that needs real inputs brings a {golden.GOLDEN_FILE})",
                 reason="WARMUP_FAILED",
                 metadata={"cause": error.reason},
             ) from error
@@ -323,31 +325,41 @@ class Replica:
         return timings
 
     async def compare(self, model: str, stable: str, candidate: str, limit: int) -> tuple[Comparison, int]:
-        """Runs recorded requests, and made-up inputs where there are none, through both; with how many of them were recorded.
+        """Runs recorded requests and the candidate's golden set through both, or made-up inputs when there are neither.
+
+        Returns:
+            What was seen, and how many of the inputs were recorded requests.
 
         Raises:
             NotFound: `SLOT_UNKNOWN`.
-            FailedPrecondition: `NOT_LOADED`.
+            FailedPrecondition: `NOT_LOADED`, `INVALID_ARTIFACT` for a golden set that can't be read.
         """
         left, right = self._known(model, stable), self._known(model, candidate)
-        samples, num_recorded = self._samples([left, right], limit or COMPARE_SAMPLES)
+        chosen = await self._golden(left, right)
+        samples, num_recorded = self._samples([left, right], limit or COMPARE_SAMPLES, chosen)
 
         def through(slot: Slot) -> compare.Run:
             return lambda inputs: dict(zip(slot.output_names, run_now(slot, inputs, slot.output_names), strict=True))
 
-        return await self._held(
-            (left, right), lambda: compare.compare(through(left), through(right), samples)
-        ), num_recorded
+        seen = await self._held((left, right), lambda: compare.compare(through(left), through(right), samples))
+        return seen, num_recorded
 
-    def _samples(self, slots: Sequence[Slot], limit: int) -> tuple[list[Mapping[str, Array]], int]:
-        """Recorded inputs that fit the last slot's signature; made-up ones when there are none."""
+    async def _golden(self, *slots: Slot) -> list[Mapping[str, Array]]:
+        """The last slot's golden inputs, as far as they fit all slots."""
+        samples = await asyncio.to_thread(golden.read, Path(slots[-1].artifact_uri))
+        return [inputs for inputs in samples.values() if all(_fits(slot, inputs) for slot in slots)]
+
+    def _samples(
+        self, slots: Sequence[Slot], limit: int, golden_inputs: Sequence[Mapping[str, Array]]
+    ) -> tuple[list[Mapping[str, Array]], int]:
+        """Recorded inputs that fit every slot, then golden ones; made-up ones when there are neither."""
         recorded = [
             inputs
             for inputs in self._recorder.samples(slots[-1].model, limit)
             if all(_fits(slot, inputs) for slot in slots)
         ]
-        if recorded:
-            return recorded, len(recorded)
+        if recorded or golden_inputs:
+            return [*recorded, *golden_inputs], len(recorded)
         opened = slots[-1].opened
         assert opened is not None, "a loaded slot has its engine"
         signature = opened.engine.signature
