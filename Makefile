@@ -35,15 +35,17 @@ check: install ## Format, lint, types, import contracts, protos
 	$(BIN)/buf lint
 	$(BIN)/python tools/genproto.py --check
 	$(BIN)/python tools/genproto_oip.py --check
+	$(BIN)/python tools/gendocs.py --check
 
 format: install ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-proto: install ## Regenerate src/interlock/api from protos/
+proto: install ## Regenerate what is drawn from protos/ and from tables in the code
 	$(BIN)/buf format -w
 	$(BIN)/python tools/genproto.py
 	$(BIN)/python tools/genproto_oip.py
+	$(BIN)/python tools/gendocs.py
 
 clean: ## Remove the environment, caches and state
 	rm -rf $(VENV) .interlock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

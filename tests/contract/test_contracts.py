@@ -16,7 +16,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
 
 
-@pytest.mark.parametrize("tool", ["genproto.py", "genproto_oip.py"])
+@pytest.mark.parametrize("tool", ["genproto.py", "genproto_oip.py", "gendocs.py"])
 def test_generated_code_is_fresh(tool: str) -> None:
     done = run(sys.executable, f"tools/{tool}", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
