@@ -19,7 +19,7 @@ STEP = Gauge("interlock_run_step", "Step of the run", ["run"])
 RUNS = Gauge("interlock_runs", "Runs by state", ["state"])
 VERDICTS = Counter("interlock_guard_verdicts_total", "Guard verdicts", ["run", "outcome"])
 TRIPS = Counter("interlock_guard_trips_total", "Guard trips by rule", ["run", "rule"])
-ROLLBACKS = Counter("interlock_rollbacks_total", "Rollbacks of runs", ["run", "outcome"])
+ROLLBACKS = Counter("interlock_run_rollbacks_total", "Rollbacks of runs", ["run", "outcome"])
 CHECKPOINTS = Counter("interlock_checkpoints_total", "Checkpoints by what became of them", ["run", "state"])
 RESTARTS = Counter("interlock_run_restarts_total", "Restarts of a run's process", ["run"])
 
