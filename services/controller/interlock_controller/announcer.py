@@ -5,6 +5,8 @@ The cursor moves after the announcement, so a crash repeats one rather than losi
 
 from __future__ import annotations
 
+import sqlite3
+
 import structlog
 
 from interlock.stores.controller import ControllerStore, OutboxEntry
@@ -25,8 +27,11 @@ class Announcer:
         """Announces until cancelled."""
         while True:
             woken = self._changed.next()
-            while self.announce():
-                pass
+            try:
+                while self.announce():
+                    pass
+            except sqlite3.OperationalError as error:  # e.g. disk full: said again once the cursor can be moved
+                _log.error("store_failed", problem=str(error))
             await woken.wait()
 
     def announce(self) -> int:

@@ -26,3 +26,6 @@ QUARANTINES = Counter("interlock_versions_quarantined_total", "Versions forbidde
 ROLLBACKS = Counter("interlock_rollbacks_total", "Rollbacks of runs on record", ["rule", "decided_by"])
 PROMOTIONS = Counter("interlock_promotions_total", "Promotions, by state reached", ["state"])
 COMMANDS = Counter("interlock_replica_commands_total", "Commands to replicas", ["command", "outcome"])
+INVARIANTS = Counter(
+    "interlock_invariant_violations_total", "Things that must never be seen, by number and name", ["invariant"]
+)

@@ -7,6 +7,7 @@ second time: an export that exists is returned, the same bytes are the same vers
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from dataclasses import replace
 
 import structlog
@@ -68,6 +69,8 @@ class Promoter:
                     self.saw(update)
             except InterlockError as error:
                 _log.debug("trainer_lost", trainer=self._trainer.address, reason=error.reason)
+            except sqlite3.OperationalError as error:  # what was not written is caught up with
+                _log.error("store_failed", problem=str(error))
             await self._clock.sleep(RETRY_SECONDS)
 
     async def _catch_up(self) -> None:
@@ -79,6 +82,8 @@ class Promoter:
                 now_up, why = True, ""
             except InterlockError as error:
                 now_up, why = False, error.reason
+            except sqlite3.OperationalError as error:
+                now_up, why = False, f"store: {error}"
             if now_up is not up:
                 _log.info("trainer_up" if now_up else "trainer_lost", trainer=self._trainer.address, why=why)
                 up = now_up
@@ -91,9 +96,9 @@ class Promoter:
         else:
             self.policies.pop(update.run, None)
         row = update.checkpoint
-        if row is not None and self._known.get(row.name) != row:
-            self._known[row.name] = row  # the trainer says the same thing again and again; only news is written
+        if row is not None and self._known.get(row.name) != row:  # the trainer says the same thing again and again
             self._store.put_checkpoint(row)
+            self._known[row.name] = row
             self._changed.fire()
 
     # --- deciding -----------------------------------------------------------------------------------------------------------------
@@ -102,7 +107,11 @@ class Promoter:
         """Looks for what to promote on every change, for ever."""
         while True:
             woken = self._changed.next()
-            again = await self.look()
+            try:
+                again = await self.look()
+            except sqlite3.OperationalError as error:  # e.g. disk full: nothing was written, so nothing was done
+                _log.error("store_failed", problem=str(error))
+                again = True
             if again:
                 await self._clock.sleep(RETRY_SECONDS)
             else:

@@ -26,6 +26,7 @@ from interlock.stores.files import ModelRepository
 from interlock_controller import failpoints, metrics
 from interlock_controller.changed import Changed
 from interlock_controller.fleet import Fleet
+from interlock_controller.watchdog import Watchdog
 
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.2, 5.0
 FORGET_SECONDS = 60.0
@@ -73,6 +74,7 @@ class Reconciler:
         self._running: dict[Key, _Running] = {}
         self._failures: dict[Key, tuple[int, float]] = {}
         self._tasks: asyncio.TaskGroup | None = None
+        self._watchdog = Watchdog()
 
     def take_over(self) -> None:
         """Takes the lease and takes up what an earlier controller left. Once, before `run`."""
@@ -162,6 +164,7 @@ class Reconciler:
         for address in self._fleet.live():
             view = self._fleet.view(address)
             assert view is not None
+            self._watchdog.look(address, view, self.token, routes)
             models = (set(routes) | set(view.slots)) & known
             for command in assign({m: view.of(address, m) for m in models}, routes, claims):
                 self._start(command, None)
@@ -222,6 +225,12 @@ class Reconciler:
         except InterlockError as error:
             outcome = error.reason
             self._refused(key, command, swap, error)
+        except sqlite3.OperationalError as error:
+            outcome = "STORE_FAILED"
+            _log.error(
+                "store_failed", command=kind, problem=str(error)
+            )  # the result is lost; the command is given again
+            self._back_off(key)
         except asyncio.CancelledError:
             outcome = "CANCELLED"
             raise
@@ -287,6 +296,9 @@ class Reconciler:
         )
         if swap is not None and not retry:
             self._record(swap.id, Failure(kind, address, error.reason, error.message))
+        self._back_off(key)
+
+    def _back_off(self, key: Key) -> None:
         times = self._failures.get(key, (0, 0.0))[0]
         pause = min(RETRY_SECONDS_MIN * 2**times, RETRY_SECONDS_MAX)
         self._failures[key] = (times + 1, self._clock.monotonic() + pause)
