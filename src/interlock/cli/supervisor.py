@@ -1,5 +1,6 @@
-"""Keeps the rooms' processes alive: starts them in order, waits until each is healthy, restarts one that dies, stops them in reverse.
+"""Keeps the rooms' processes alive: starts them, waits until each is healthy, restarts one that dies, stops them in reverse order.
 
+All start at once: a room that needs another one waits for it by itself and says so by its health, as it does after any restart.
 It is not a room: it holds no port and no state, and the rooms do not know it. A room that exits because its settings are wrong (code 2)
 is not restarted: trying again would say the same thing for ever.
 """
@@ -47,7 +48,7 @@ class Room:
 
 
 def rooms_of(settings: Settings) -> list[Room]:
-    """The four rooms in start order: what others need comes first."""
+    """The four rooms: what others need comes first, and is stopped last."""
     gateway = settings.trainer_address.rsplit(":", 1)[0] + f":{settings.gateway.port}"
     return [
         Room("inference", "interlock_inference", settings.inference_address),
@@ -77,13 +78,11 @@ class Supervisor:
         """Starts everything, calls `ready` once all rooms are healthy, and returns after all have ended."""
         (self._settings.home / "logs").mkdir(parents=True, exist_ok=True)
         async with asyncio.TaskGroup() as group:
-            keepers = []
-            for room in self.rooms:
-                keepers.append(group.create_task(self._keep(room)))
-                await self._healthy(room)
-                if self.stopping.is_set():
-                    break
-            else:
+            keepers = [group.create_task(self._keep(room)) for room in self.rooms]
+            async with asyncio.TaskGroup() as starting:
+                for room in self.rooms:
+                    starting.create_task(self._healthy(room))
+            if not self.stopping.is_set():
                 ready()
             await self.stopping.wait()
             for room in reversed(self.rooms):
