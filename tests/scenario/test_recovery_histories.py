@@ -131,7 +131,7 @@ class Story:
 def _shown(verdict: guard.Verdict) -> str:
     if verdict.trip:
         trip = verdict.trip
-        return f"TRIP {trip.rule} {trip.metric}={trip.value:g} score={trip.score:.3g} limit={trip.limit:g} onset={trip.onset_step}"
+        return f"TRIP {trip.rule} {trip.metric}={trip.value:g} limit={trip.limit:.4g} score={trip.score:.3g} onset={trip.onset_step}"
     return verdict.outcome.upper() if not verdict.why else f"INCONCLUSIVE {verdict.why.split(',')[0]}"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from interlock.core import guard
 from interlock.core.fields import parse, plain
+from interlock.core.guard import Direction, GuardPolicy, GuardState, Rule, Statistic, mark_reference, observe
 from interlock.core.policy import RunPolicy, guard_policy, run_policy
 from interlock.core.steps import StepRecord
 from interlock.errors import InvalidArgument
@@ -155,3 +156,22 @@ def test_a_run_policy_reads_a_table_and_a_name() -> None:
     assert run_policy(plain(policy)) == policy == parse(RunPolicy, plain(policy))
     with pytest.raises(InvalidArgument, match=r"recovery\.plans\[0\]\.lr_factor: must be above 0"):
         run_policy({"recovery": {"plans": [{"lr_factor": 0}]}})
+
+
+@pytest.mark.parametrize(
+    "statistic", [Statistic.ABSOLUTE, Statistic.ROBUST_Z, Statistic.RATIO_TO_REFERENCE, Statistic.DROP_FRACTION]
+)
+def test_a_trip_says_its_limit_in_the_metrics_own_unit(statistic: Statistic) -> None:
+    """T4: a person compares value and limit; a score of 8 beside a KL of 0.2 would say nothing."""
+    falls = statistic is Statistic.DROP_FRACTION
+    rule = Rule("r", "m", statistic, 0.5 if falls else 3.0, Direction.BELOW if falls else Direction.ABOVE, warm_up=5)
+    policy, state = GuardPolicy("p", rules=(rule,)), GuardState()
+    for step in range(1, 11):
+        record = StepRecord(seq=step, step=step, attempt=1, time=0.0, metrics={"m": 2.0 + 0.01 * (step % 3)})
+        state, _ = observe(policy, state, record)
+        state = mark_reference(state, record)
+    for step, value in enumerate([1.9, 1.1, 0.9, 0.4] if falls else [2.1, 2.5, 5.9, 6.2, 9.0], 11):
+        _, verdict = observe(policy, state, StepRecord(seq=step, step=step, attempt=1, time=0.0, metrics={"m": value}))
+        if verdict.trip:
+            assert (value <= verdict.trip.limit) if falls else (value >= verdict.trip.limit)
+    assert verdict.trip is not None

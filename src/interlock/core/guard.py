@@ -145,7 +145,7 @@ class GuardPolicy:
 class Trip:
     """Which rule tripped, on what, and where the fault seems to have begun.
 
-    `value` is the metric's own value; `score` is the rule's statistic, which `limit` bounds.
+    `value` and `limit` are in the metric's own unit, so that a person can compare them; `score` is the rule's statistic.
     """
 
     rule: str
@@ -191,6 +191,7 @@ class _Reading:
     metric: str = ""
     value: float = 0.0
     score: float = 0.0
+    limit: float = 0.0
     hit: bool = False
     not_judged: str = ""
 
@@ -237,7 +238,7 @@ def _trip(rule: Rule, reading: _Reading, record: StepRecord, marks: tuple[int, .
         metric=reading.metric,
         value=reading.value,
         score=reading.score,
-        limit=rule.limit,
+        limit=reading.limit,
         step=record.step,
         seq=record.seq,
         onset_step=next(mark for mark in marks if mark != NO_HIT),
@@ -253,11 +254,11 @@ def _read(rule: Rule, state: GuardState, record: StepRecord) -> _Reading:
     if value is None:
         return _Reading(not_judged=f"{rule.name}: metric {rule.metric} is missing" if rule.required else _ABSENT)
     if not math.isfinite(value):
-        return _Reading(rule.metric, value, value, hit=True)
+        return _Reading(rule.metric, value, value, rule.limit, hit=True)
     if rule.statistic is Statistic.NONFINITE:
         return _Reading(rule.metric, value, value)
     if rule.statistic is Statistic.ABSOLUTE:
-        return _Reading(rule.metric, value, value, hit=_sign(rule) * value > _sign(rule) * rule.limit)
+        return _Reading(rule.metric, value, value, rule.limit, hit=_sign(rule) * value > _sign(rule) * rule.limit)
     if rule.statistic is Statistic.ROBUST_Z:
         return _read_robust(rule, state.windows.get(rule.name, ()), value)
     return _read_reference(rule, state.references.get(rule.metric), value)
@@ -277,8 +278,9 @@ def _read_robust(rule: Rule, window: tuple[float, ...], value: float) -> _Readin
         return _Reading(rule.metric, value, not_judged=why)
     middle = median(window)
     spread = MAD_TO_SIGMA * median(abs(point - middle) for point in window)
-    score = _sign(rule) * (value - middle) / max(spread, rule.scale_floor, rule.relative_floor * abs(middle))
-    return _Reading(rule.metric, value, score, hit=score > rule.limit)
+    scale = max(spread, rule.scale_floor, rule.relative_floor * abs(middle))
+    score = _sign(rule) * (value - middle) / scale
+    return _Reading(rule.metric, value, score, middle + _sign(rule) * rule.limit * scale, hit=score > rule.limit)
 
 
 def _read_reference(rule: Rule, reference: float | None, value: float) -> _Reading:
@@ -288,7 +290,8 @@ def _read_reference(rule: Rule, reference: float | None, value: float) -> _Readi
     if reference == 0 or (ratio and reference < 0):
         return _Reading(not_judged=_ABSENT)
     score = value / reference if ratio else (reference - value) / abs(reference)
-    return _Reading(rule.metric, value, score, hit=score >= rule.limit)
+    limit = rule.limit * reference if ratio else reference - rule.limit * abs(reference)
+    return _Reading(rule.metric, value, score, limit, hit=score >= rule.limit)
 
 
 def _sign(rule: Rule) -> int:

@@ -347,7 +347,7 @@ def rollbacks_in_budget(policy: RecoveryPolicy, ledger: Ledger) -> int:
 
 def describe(trip: Trip) -> str:
     """One line for logs and people: rule, metric, value, limit."""
-    return f"rule {trip.rule}: {trip.metric}={trip.value:g} (score {trip.score:g}, limit {trip.limit:g}) at step {trip.step}"
+    return f"rule {trip.rule}: {trip.metric}={trip.value:g} (limit {trip.limit:.4g}, score {trip.score:.3g}) at step {trip.step}"
 
 
 def _excuse(policy: RecoveryPolicy, guard: GuardPolicy, ledger: Ledger, trip: Trip) -> str:

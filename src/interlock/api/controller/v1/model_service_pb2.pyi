@@ -635,7 +635,7 @@ class RollbackRecord(_message.Message):
     value: _builtins.float
     """Observed value."""
     limit: _builtins.float
-    """The rule's limit."""
+    """The rule's limit, in the unit of the value."""
     from_step: _builtins.int
     """Step of the verdict."""
     to_step: _builtins.int

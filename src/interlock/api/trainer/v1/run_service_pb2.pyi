@@ -730,7 +730,7 @@ class Rollback(_message.Message):
     value: _builtins.float
     """Observed value."""
     limit: _builtins.float
-    """The rule's limit."""
+    """The rule's limit, in the unit of the value."""
     from_step: _builtins.int
     """Step at which the verdict was given."""
     onset_step: _builtins.int
