@@ -244,7 +244,6 @@ class Run:
     # --- orders ---
 
     def _carry_out(self, order: Order) -> None:
-        _log.debug("order", run=self.name, order=type(order).__name__, order_id=order.order)
         if isinstance(order, terms.RollBackOrder):
             self._report(self._roll_back(order))
         elif isinstance(order, terms.SaveOrder):

@@ -114,20 +114,7 @@ def attach(
     store = CheckpointStore(folder / "checkpoints", failpoint())
     store.sweep()
     steplog = StepLog(open_database(folder / "steps.db"))
-    promotion = serve.promotion() if serve else None
-    hello = Hello(
-        name,
-        os.getpid(),
-        0,
-        0,
-        steplog.head(name),
-        full_policy,
-        promotion,
-        str(store.root.resolve()),
-        recipe,
-        serve is not None,
-        True,
-    )
+    hello = _hello(name, steplog, full_policy, serve, store, recipe)
     supervisor, start = _supervisor(trainer, hello, folder, steplog, connect_seconds)
     parts = Parts(
         name=name,
@@ -145,6 +132,24 @@ def attach(
     run = Run(parts, attempt=start.attempt, seq=max(hello.seq, start.acknowledged_seq))
     _begin(run, store, start)
     return run
+
+
+def _hello(
+    name: str, steplog: StepLog, policy: RunPolicy, serve: ServeSpec | None, store: CheckpointStore, recipe: str
+) -> Hello:
+    return Hello(
+        run=name,
+        pid=os.getpid(),
+        attempt=0,
+        step=0,
+        seq=steplog.head(name),
+        policy=policy,
+        promotion=serve.promotion() if serve else None,
+        checkpoint_folder=str(store.root.resolve()),
+        recipe=recipe,
+        servable=serve is not None,
+        starting=True,
+    )
 
 
 def _policy(
