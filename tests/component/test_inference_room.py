@@ -649,7 +649,7 @@ async def test_nothing_is_served_before_it_is_told(remote: Remote) -> None:
 
 
 async def test_overload_is_shed_with_a_time_to_try_again(remote: Remote) -> None:
-    await remote.load("1", onnx_models.slow(1.0))
+    await remote.load("1", onnx_models.slow(1.0, size=300, repeats=4))
     await remote.route(1, "1")
 
     async def one() -> InterlockError | None:
