@@ -8,6 +8,7 @@ is not restarted: trying again would say the same thing for ever.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import sys
@@ -115,6 +116,7 @@ class Supervisor:
             room.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", room.module, stdout=log, stderr=log, stdin=asyncio.subprocess.DEVNULL, env=self._environment(),
                 start_new_session=True,  # a Ctrl-C at the terminal reaches us alone; we stop the rooms in order
+                preexec_fn=_die_with_parent,
             )  # fmt: skip
 
     def _environment(self) -> dict[str, str]:
@@ -144,6 +146,14 @@ class Supervisor:
             self._say(room.name, f"did not stop in {STOP_SECONDS:.0f} s; killed")
             process.kill()
             await process.wait()
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _die_with_parent() -> None:
+    """In the child: asks the kernel for SIGTERM when the supervisor is gone, however it went, so that no room holds its port for ever."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 async def is_healthy(room: Room) -> bool:
