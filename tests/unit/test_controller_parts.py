@@ -96,6 +96,21 @@ async def test_a_store_that_fails_for_a_while_stops_nothing(tmp_path: Path) -> N
     assert not failures
 
 
+async def test_a_controller_that_lost_its_lease_stops(tmp_path: Path) -> None:
+    store, changed, clock = MemoryControllerStore(), Changed(), FakeClock()
+    reconciler = Reconciler(
+        store, Fleet({}, clock, changed), ModelRepository(tmp_path), clock, changed, tick_seconds=0.5
+    )
+    reconciler.take_over()
+    swap = store.create_swap(Swap("s1", SwapSpec("policy", "2"), created_at=1.0), None)
+    MemoryControllerStore(store.disk).take_lease()
+    stopping = asyncio.Event()
+    async with asyncio.timeout(10):
+        await reconciler.run(stopping)
+    assert stopping.is_set()
+    assert store.swap("s1") == swap
+
+
 def test_the_watchdog_says_each_thing_once() -> None:
     watchdog, routes = Watchdog(), {"policy": Route("policy", 3, all_to("2"))}
     before = {

@@ -26,6 +26,9 @@ from interlock_controller.trainer import TrainerClient, Update
 RETRY_SECONDS = 1.0
 CATCH_UP_SECONDS = 5.0
 TRIES_MAX = 30
+SOAK_SECONDS = (
+    2.0  # nobody looks on when a trainer promotes: the candidate's answers are watched this long after the switch
+)
 PINNED_VERSIONS = 3  # the serving one, the one before it, and the one on its way
 _RETRYABLE = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED", "RESOURCE_EXHAUSTED"})
 _UNDER_WAY = frozenset({"EXPORTING", "REGISTERED"})
@@ -208,7 +211,7 @@ class Promoter:
 
     def _swap(self, row: PromotionRow) -> PromotionRow:
         request = Request(f"promote/{row.checkpoint}", "CreateSwap", f"{row.model}/{row.version}")
-        spec = SwapSpec(row.model, row.version, concurrency=Concurrency.SUPERSEDE)
+        spec = SwapSpec(row.model, row.version, concurrency=Concurrency.SUPERSEDE, soak_seconds=SOAK_SECONDS)
         try:
             trace = telemetry.current_traceparent() or row.trace
             swap = self._swaps.create(spec, actor="promotion", why=row.why, request=request, trace=trace)

@@ -19,7 +19,7 @@ from interlock.core.assignment import assign
 from interlock.core.ports import Clock
 from interlock.core.swap import WORKING, Ack, Admission, Event, Failure, State, Swap, record, resume
 from interlock.core.swap_plan import Admit, ApplyRoute, Decision, ReplicaCommand, Snapshot, WriteReceipt
-from interlock.errors import InterlockError, NotFound
+from interlock.errors import Aborted, InterlockError, NotFound
 from interlock.runtime import telemetry
 from interlock.stores.controller import ControllerStore
 from interlock.stores.files import ModelRepository
@@ -88,13 +88,21 @@ class Reconciler:
         _log.info("lease_taken", fencing_token=self.token)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Rounds until `stopping`; then drops what is under way, which the next controller says again."""
+        """Rounds until `stopping`; then drops what is under way, which the next controller says again.
+
+        When another controller has taken the lease it stops the whole process: two must not steer.
+        """
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             poll = tasks.create_task(self._poll(), name="poll replicas")
             while not stopping.is_set():
                 woken = self.changed.next()
-                self._round()
+                try:
+                    self._round()
+                except Aborted as error:
+                    _log.error("lease_lost", problem=error.message)
+                    stopping.set()
+                    break
                 await _either(woken.wait(), stopping.wait(), self._clock.sleep(self._tick_seconds))
             self._tasks = None
             for task in [poll, *(running.task for running in self._running.values())]:

@@ -659,8 +659,8 @@ def _measured(moved: Swap, snapshot: Snapshot, now: float) -> Swap:
             taken = {"switched_at": now}
         case State.CANARY | State.SOAKING if not moved.figures.routed_at:
             taken = {"routed_at": max((a.at for a in moved.acks if a.epoch == moved.epoch), default=now)}
-        case State.DRAINING:
-            p50, p99 = _latency(snapshot)
+        case State.DRAINING:  # both: the candidate may not have answered yet, the stable version no longer does
+            p50, p99 = _latency(snapshot, *(w.version for w in moved.stable))
             taken = {"latency_p50_during": p50, "latency_p99_during": p99}
         case State.KEEP_WARM | State.REVERTING:
             taken = {"failures_after": _failures(snapshot)}
@@ -676,9 +676,11 @@ def _take(figures: Figures, taken: Mapping[str, float | int]) -> Figures:
     return replace(figures, **taken)  # type: ignore[arg-type]  # every field taken is a number
 
 
-def _latency(snapshot: Snapshot) -> tuple[float, float]:
-    routed = [r.slots[v] for r in snapshot.replicas for v in snapshot.route.versions() if v in r.slots]
-    return max((s.latency_p50 for s in routed), default=0.0), max((s.latency_p99 for s in routed), default=0.0)
+def _latency(snapshot: Snapshot, *more: str) -> tuple[float, float]:
+    """(p50, p99) of the slowest slot of the routed versions and of `more`."""
+    versions = {*snapshot.route.versions(), *more}
+    slots = [slot for r in snapshot.replicas for version, slot in r.slots.items() if version in versions]
+    return max((s.latency_p50 for s in slots), default=0.0), max((s.latency_p99 for s in slots), default=0.0)
 
 
 def _failures(snapshot: Snapshot) -> int:
