@@ -14,8 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
+from controller_world import a_controller, state_of
 from interlock.api.inference.v1 import runtime_service_pb2 as pb
 from interlock.api.oip import messages
+from interlock.client.load import GrpcTarget, Load
 from interlock.errors import Unavailable
 from interlock.runtime.channels import open_channel
 from replica_world import Remote
@@ -85,33 +87,91 @@ async def answering_version(remote: Remote, within_seconds: float = 30.0) -> str
 
 
 @pytest.mark.parametrize(
-    ("failpoint", "survivor", "epoch"), [("load", "1", 1), ("warm", "1", 1), ("switch", "2", 2), ("drain", "2", 2)]
+    ("failpoint", "survivor", "epoch"),
+    [("load:2", "1", 1), ("warm:2", "1", 1), ("switch:2", "2", 2), ("drain:1", "2", 2)],
 )
 async def test_killed_at(tmp_path: Path, failpoint: str, survivor: str, epoch: int) -> None:
     """`switch` is after the assignment was written and before it came into force: the restart finishes it, as the controller will ask."""
-    async with a_process(tmp_path) as (before, _):
-        await before.load("1")
-        await before.route(1, "1")
-    file = assignment_file(tmp_path)
-    async with a_process(tmp_path) as (again, _):
-        assert await answering_version(again) == "1"
-    if failpoint in {"load", "warm"}:  # a restart would pass this point while it restores: begin with nothing assigned
-        saved = file.read_bytes()
-        file.unlink()
     async with a_process(tmp_path, failpoint) as (remote, process):
-        if failpoint in {"switch", "drain"}:
-            assert await answering_version(remote) == "1"
+        await remote.load("1")
+        await remote.route(1, "1")
+        assert await answering_version(remote) == "1"
         with pytest.raises(Unavailable):
             await remote.swap(2, "1", "2")
         assert await asyncio.wait_for(process.wait(), 30) == -signal.SIGKILL
-    if failpoint in {"load", "warm"}:
-        file.write_bytes(saved)
     async with a_process(tmp_path) as (after, _):
         assert await answering_version(after) == survivor
         state = await after.state()
         assert [route.epoch for route in state.routes] == [epoch]
         await after.swap(epoch + 1, survivor, "3")  # and it goes on from there
         assert await answering_version(after) == "3"
+
+
+@asynccontextmanager
+async def kept_alive(home: Path, port: int, failpoint: str) -> AsyncIterator[list[int]]:
+    """A replica that is started again when it dies, the failpoint set in its first life only; the exit codes of its lives."""
+    ends: list[int] = []
+    up = asyncio.Event()
+
+    async def supervise() -> None:
+        while True:
+            async with a_process(home, "" if ends else failpoint, port) as (_, process):
+                up.set()
+                await process.wait()
+                ends.append(process.returncode or 0)
+
+    async with asyncio.TaskGroup() as group:
+        supervising = group.create_task(supervise())
+        await up.wait()
+        try:
+            yield ends
+        finally:
+            supervising.cancel()
+
+
+@pytest.mark.parametrize("failpoint", ["load:2", "warm:2", "switch:2", "drain:1"])
+async def test_the_controller_brings_a_killed_replica_to_where_it_belongs(
+    tmp_path: Path, unused_tcp_port_factory: Any, failpoint: str
+) -> None:
+    """Two replicas; one dies in the swap and comes back. The other answers every request, and both end on the swap's outcome."""
+    ports = [unused_tcp_port_factory() for _ in range(2)]
+    homes = [tmp_path / "a", tmp_path / "b"]
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    async with (
+        kept_alive(homes[0], ports[0], failpoint) as ends,
+        kept_alive(homes[1], ports[1], "") as others,
+        a_controller(tmp_path, addresses) as controller,
+        open_channel(addresses[0]) as first,
+        open_channel(addresses[1]) as second,
+    ):
+        assert state_of(await controller.swap_to(await controller.register(1.0))) == "COMPLETED"
+        load, stopping = (
+            Load([GrpcTarget(addresses[1], "policy", {"x": np.zeros((1, 4), np.float32)})], rate=200.0),
+            asyncio.Event(),
+        )
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load.run(stopping))
+            swap = await controller.swap_to(await controller.register(2.0))
+            stopping.set()
+        assert ends[:1] == [-signal.SIGKILL]
+        assert others == []
+        assert load.report().failed == 0, load.report().errors
+        outcome = {"COMPLETED": "2", "FAILED": "1", "REVERTED": "1"}[state_of(swap)]
+        for channel, port, home in ((first, ports[0], homes[0]), (second, ports[1], homes[1])):
+            remote = Remote(home, channel, port)
+            assert await settled_version(remote, (await controller.route()).epoch) == outcome
+
+
+async def settled_version(remote: Remote, epoch: int) -> str:
+    """The version that answers once the replica has the route of that epoch."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                if [route.epoch for route in (await remote.state()).routes] == [epoch]:
+                    return str((await remote.oip.ModelInfer(infer_request(), timeout=10)).model_version)
+            except Unavailable:
+                pass
+            await asyncio.sleep(0.05)
 
 
 async def _swap_until_dead(remote: Remote, epoch: int) -> None:

@@ -95,7 +95,7 @@ class Replica:
         *,
         options: OnnxOptions,
         warmup_iterations: int,
-        failpoint: Callable[[str], None] = lambda _: None,
+        failpoint: Callable[[str, str], None] = lambda place, version: None,
         released: Callable[[Slot], None] = lambda _: None,
     ) -> None:
         self.changed = Changed()
@@ -238,7 +238,7 @@ class Replica:
             self.changed.fire()
 
     def _open(self, slot: Slot, wanted: Wanted, progress: repository.Progress) -> Opened:
-        self._failpoint("load")
+        self._failpoint("load", slot.version)
         return repository.open_artifact(repository.parse_uri(slot.artifact_uri), wanted.digest, self._options, progress)
 
     def _progress(self, load: Load, percent: float, message: str) -> None:
@@ -318,7 +318,7 @@ class Replica:
     def _run_warm(self, slot: Slot, work: Sequence[Mapping[str, Array]]) -> list[float]:
         timings = []
         for inputs in work:
-            self._failpoint("warm")
+            self._failpoint("warm", slot.version)
             start = time.perf_counter()
             run_now(slot, inputs, slot.output_names)
             timings.append(time.perf_counter() - start)
@@ -417,7 +417,7 @@ class Replica:
                 return Applied(current, 0.0, 0)
             assigned = AssignedModel(route, stable_version, updated_at, self._assigned(route))
             await self._remember(replace(self._assignment, models={**self._assignment.models, route.model: assigned}))
-            self._failpoint("switch")
+            self._failpoint("switch", ",".join(route.versions()))
             left = self._switch(route)
         seconds = self._clock.monotonic() - start
         num_in_flight = sum(slot.in_flight for slot in left)
@@ -462,7 +462,7 @@ class Replica:
             return Drained(0, (), 0)
         slot.move(SlotState.DRAINING)
         self.changed.fire()
-        self._failpoint("drain")
+        self._failpoint("drain", version)
         drained = await slot.drain(self._clock, timeout_seconds)
         self.changed.fire()
         _log.info("drained", version=slot.name, num_drained=drained.num_drained, num_cut=drained.num_cut)
