@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
@@ -15,10 +14,12 @@ from starlette.routing import BaseRoute, Route
 
 import interlock
 from interlock.errors import InterlockError, InvalidArgument, NotFound, Unimplemented
-from interlock.runtime.access import Keys, Principal, Scope, require
+from interlock.runtime.access import Keys, Scope
 from interlock.runtime.settings import Settings
 from interlock_gateway import problems
+from interlock_gateway.dependencies import Needs
 from interlock_gateway.predict import Predictor
+from interlock_gateway.routes import admin, health, open_inference, runs, swaps
 from interlock_gateway.upstreams import Upstreams
 
 DOCUMENTATION = frozenset({"/docs", "/openapi.json", "/docs/oauth2-redirect"})
@@ -30,41 +31,12 @@ PREDICTIONS = (
 """Routes answered outside the framework, for the inventory."""
 
 
-class Needs:
-    """The dependency that holds a route to its scope; gives the handler who calls.
-
-    Args:
-        scope: what the caller's key must hold.
-    """
-
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-
-    def __call__(self, request: Request) -> Principal:
-        """Raises Unauthenticated or PermissionDenied."""
-        keys: Keys = request.app.state.keys
-        principal = (
-            keys.principal(request.headers.get("x-api-key"))
-            if self.scope is not Scope.PUBLIC
-            else Principal("anonymous", frozenset())
-        )
-        require(principal, self.scope, f"{request.method} {request.url.path}")
-        return principal
-
-
-def needs(scope: Scope) -> Any:
-    """`dependencies=[needs(Scope.X)]` of a route, or a parameter's default to learn who calls."""
-    return Depends(Needs(scope))
-
-
 def build(settings: Settings, upstreams: Upstreams, predictor: Predictor, keys: Keys) -> FastAPI:
     """The application with all routes.
 
     Raises:
         ValueError: a route has no scope.
     """
-    from interlock_gateway.routes import admin, health, open_inference, runs, swaps
-
     app = FastAPI(
         title="Interlock", version=interlock.__version__, docs_url="/docs", redoc_url=None, openapi_url="/openapi.json"
     )

@@ -15,9 +15,9 @@ from interlock.api.types.v1 import types_pb2
 from interlock.core import names
 from interlock.errors import FailedPrecondition, InvalidArgument, NotFound
 from interlock.runtime.access import Principal, Scope
+from interlock_gateway.dependencies import Up, needs
 from interlock_gateway.reload_words import ENDED, reload_state, state_name
 from interlock_gateway.upstreams import Upstreams
-from interlock_gateway.web import needs
 
 router = APIRouter(tags=["admin"])
 INFER = [needs(Scope.INFER)]
@@ -55,19 +55,13 @@ class RollbackModel(BaseModel):
     reason: str = Field("rollback over HTTP", max_length=500)
 
 
-def _upstreams(request: Request) -> Upstreams:
-    upstreams: Upstreams = request.app.state.upstreams
-    return upstreams
-
-
 @router.post("/reload")
 @router.post("/admin/model/reload")
-async def reload(request: Request, body: Reload | None = None, principal: Principal = ADMIN) -> JSONResponse:
+async def reload(request: Request, up: Up, body: Reload | None = None, principal: Principal = ADMIN) -> JSONResponse:
     """Registers what is named, swaps to it without dropping a request, and answers when it serves; a failure leaves the old one serving."""
     body = body or Reload()
-    up = _upstreams(request)
     change = types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name)
-    model = body.model or await _model_for(up, request, body)
+    model = body.model or await _model_for(up, request.app.state.settings.gateway.default_model)
     version = await _version_for(up, body, model, change, principal)
     spec = swap_pb.SwapSpec(candidate_version=version)
     if body.drain_seconds is not None:
@@ -78,15 +72,14 @@ async def reload(request: Request, body: Reload | None = None, principal: Princi
     return await _outcome(up, model, answer.swap, body.wait)
 
 
-async def _model_for(up: Upstreams, request: Request, body: Reload) -> str:
-    """The only model there is; the first one of all is called after its file."""
+async def _model_for(up: Upstreams, default_model: str) -> str:
+    """The configured model, or the only one there is."""
+    if default_model:
+        return default_model
     models = [
         names.parse_model(m.name)
         for m in (await up.call(up.models.ListModels, model_pb.ListModelsRequest(), idempotent=True)).models
     ]
-    default = request.app.state.settings.gateway.default_model
-    if default:
-        return str(default)
     if len(models) == 1:
         return models[0]
     known = ", ".join(models) or "none is registered yet"
@@ -142,11 +135,12 @@ async def _outcome(up: Upstreams, model: str, swap: Any, wait: bool) -> JSONResp
 
 
 @router.post("/admin/model/rollback")
-async def rollback(request: Request, body: RollbackModel | None = None, principal: Principal = ADMIN) -> JSONResponse:
+async def rollback(
+    request: Request, up: Up, body: RollbackModel | None = None, principal: Principal = ADMIN
+) -> JSONResponse:
     """Moves a model back to an earlier version; the rehearsed one-command procedure."""
     body = body or RollbackModel()
-    up = _upstreams(request)
-    model = body.model or await _model_for(up, request, Reload())
+    model = body.model or await _model_for(up, request.app.state.settings.gateway.default_model)
     asked = model_pb.RollbackModelRequest(
         change=types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name),
         model=names.model_name(model),
@@ -158,9 +152,8 @@ async def rollback(request: Request, body: RollbackModel | None = None, principa
 
 
 @router.get("/version", dependencies=INFER)
-async def version(request: Request, model: str = "") -> dict[str, Any]:
+async def version(up: Up, model: str = "") -> dict[str, Any]:
     """What serves: version, training step, digest and route epoch, of one model or of all."""
-    up = _upstreams(request)
     models = (await up.call(up.models.ListModels, model_pb.ListModelsRequest(), idempotent=True)).models
     wanted = [m for m in models if not model or m.name == names.model_name(model)]
     if model and not wanted:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import prometheus_client
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -19,9 +19,9 @@ from interlock.core import names
 from interlock.errors import InterlockError, NotFound
 from interlock.runtime.access import Scope
 from interlock.runtime.arrays import LENGTH, NUMPY_TYPES
+from interlock_gateway.dependencies import Up, needs
 from interlock_gateway.reload_words import reload_state
 from interlock_gateway.upstreams import Upstreams
-from interlock_gateway.web import needs
 
 router = APIRouter(tags=["health"])
 PUBLIC = [needs(Scope.PUBLIC)]
@@ -29,11 +29,6 @@ PROBE_SECONDS = 2.0
 MEMORY_DEGRADED_BYTES = 30 << 30  # seed 001: degraded above 30 GB
 INFERENCE_DEGRADED_SECONDS = 5.0  # seed 001: degraded above 5 s
 SERVING = runtime_pb.Slot.STATE_SERVING
-
-
-def _upstreams(request: Request) -> Upstreams:
-    upstreams: Upstreams = request.app.state.upstreams
-    return upstreams
 
 
 async def _replica(up: Upstreams) -> Any | None:
@@ -72,9 +67,8 @@ def _model_states(state: Any | None) -> dict[str, str]:
 
 
 @router.get("/health", dependencies=PUBLIC)
-async def health(request: Request) -> JSONResponse:
+async def health(up: Up) -> JSONResponse:
     """Every room and every model. 503 only when nothing can be predicted at all."""
-    up = _upstreams(request)
     rooms, models = await _rooms(up), _model_states(await _replica(up))
     healthy = all(rooms.values())
     status = "healthy" if healthy and models else "degraded" if rooms["inference"] else "unhealthy"
@@ -93,18 +87,17 @@ async def live() -> dict[str, str]:
 
 
 @router.get("/health/ready", dependencies=PUBLIC)
-async def ready(request: Request) -> JSONResponse:
+async def ready(up: Up) -> JSONResponse:
     """200 while at least one model can answer."""
-    models = _model_states(await _replica(_upstreams(request)))
+    models = _model_states(await _replica(up))
     return JSONResponse(
         {"status": "ready"} if models else {"status": "not_ready", "reason": "no model serves"}, 200 if models else 503
     )
 
 
 @router.get("/health/llm", dependencies=PUBLIC)
-async def one_model(request: Request, model: str, run_inference: bool = False) -> JSONResponse:
+async def one_model(up: Up, model: str, run_inference: bool = False) -> JSONResponse:
     """One model; with `run_inference` it is asked for a real prediction through its warm-up input."""
-    up = _upstreams(request)
     state = await _replica(up)
     slot = (
         next((s for s in state.slots if names.parse_version(s.version)[0] == model and s.state == SERVING), None)
@@ -158,9 +151,9 @@ def _item_bytes(datatype: str) -> int:
 
 
 @router.get("/health/llm/all", dependencies=PUBLIC)
-async def all_models(request: Request) -> JSONResponse:
+async def all_models(up: Up) -> JSONResponse:
     """Every model; 200 while at least one is healthy."""
-    state = await _replica(_upstreams(request))
+    state = await _replica(up)
     models = _model_states(state)
     counts = {
         word: sum(1 for value in models.values() if value == word) for word in ("healthy", "degraded", "unhealthy")
@@ -180,9 +173,8 @@ async def all_models(request: Request) -> JSONResponse:
 
 
 @router.get("/health/llm/reload/{model}", dependencies=PUBLIC)
-async def reload(request: Request, model: str) -> dict[str, Any]:
+async def reload(up: Up, model: str) -> dict[str, Any]:
     """The newest swap of a model in the source documents' words; `idle` when there was none."""
-    up = _upstreams(request)
     try:
         answer = await up.call(
             up.swaps.ListSwaps, swap_pb.ListSwapsRequest(model=names.model_name(model), page_size=1), idempotent=True

@@ -11,22 +11,15 @@ from google.protobuf.json_format import MessageToDict
 from interlock.api.oip import messages
 from interlock.errors import InterlockError
 from interlock.runtime.access import Scope
-from interlock_gateway.upstreams import Upstreams
-from interlock_gateway.web import needs
+from interlock_gateway.dependencies import Up, needs
 
 router = APIRouter(tags=["open inference protocol"])
 PUBLIC, INFER = [needs(Scope.PUBLIC)], [needs(Scope.INFER)]
 
 
-def _upstreams(request: Request) -> Upstreams:
-    upstreams: Upstreams = request.app.state.upstreams
-    return upstreams
-
-
 @router.get("/v2/health/live", dependencies=PUBLIC)
-async def server_live(request: Request) -> JSONResponse:
+async def server_live(up: Up) -> JSONResponse:
     """200 while the replica answers."""
-    up = _upstreams(request)
     try:
         answer = await up.call(up.inference.ServerLive, messages.ServerLiveRequest(), timeout=2)
     except InterlockError:
@@ -35,9 +28,8 @@ async def server_live(request: Request) -> JSONResponse:
 
 
 @router.get("/v2/health/ready", dependencies=PUBLIC)
-async def server_ready(request: Request) -> JSONResponse:
+async def server_ready(up: Up) -> JSONResponse:
     """200 while the replica can answer predictions."""
-    up = _upstreams(request)
     try:
         answer = await up.call(up.inference.ServerReady, messages.ServerReadyRequest(), timeout=2)
     except InterlockError:
@@ -46,9 +38,8 @@ async def server_ready(request: Request) -> JSONResponse:
 
 
 @router.get("/v2", dependencies=PUBLIC)
-async def server_metadata(request: Request) -> dict[str, Any]:
+async def server_metadata(up: Up) -> dict[str, Any]:
     """Name, version and extensions of the server."""
-    up = _upstreams(request)
     answer = await up.call(up.inference.ServerMetadata, messages.ServerMetadataRequest(), idempotent=True)
     return {"name": answer.name, "version": answer.version, "extensions": list(answer.extensions)}
 
@@ -56,9 +47,8 @@ async def server_metadata(request: Request) -> dict[str, Any]:
 @router.get("/v2/models/stats", dependencies=INFER)
 @router.get("/v2/models/{model}/stats", dependencies=INFER)
 @router.get("/v2/models/{model}/versions/{version}/stats", dependencies=INFER)
-async def model_statistics(request: Request, model: str = "", version: str = "") -> dict[str, Any]:
+async def model_statistics(up: Up, model: str = "", version: str = "") -> dict[str, Any]:
     """Counts and times per version."""
-    up = _upstreams(request)
     answer = await up.call(
         up.inference.ModelStatistics, messages.ModelStatisticsRequest(name=model, version=version), idempotent=True
     )
@@ -67,9 +57,8 @@ async def model_statistics(request: Request, model: str = "", version: str = "")
 
 @router.get("/v2/models/{model}/ready", dependencies=PUBLIC)
 @router.get("/v2/models/{model}/versions/{version}/ready", dependencies=PUBLIC)
-async def model_ready(request: Request, model: str, version: str = "") -> JSONResponse:
+async def model_ready(up: Up, model: str, version: str = "") -> JSONResponse:
     """200 when the model, or that version of it, can answer."""
-    up = _upstreams(request)
     answer = await up.call(
         up.inference.ModelReady, messages.ModelReadyRequest(name=model, version=version), idempotent=True
     )
@@ -79,9 +68,8 @@ async def model_ready(request: Request, model: str, version: str = "") -> JSONRe
 
 @router.get("/v2/models/{model}", dependencies=INFER)
 @router.get("/v2/models/{model}/versions/{version}", dependencies=INFER)
-async def model_metadata(request: Request, model: str, version: str = "") -> dict[str, Any]:
+async def model_metadata(up: Up, model: str, version: str = "") -> dict[str, Any]:
     """Inputs, outputs and versions."""
-    up = _upstreams(request)
     answer = await up.call(
         up.inference.ModelMetadata, messages.ModelMetadataRequest(name=model, version=version), idempotent=True
     )
@@ -94,9 +82,8 @@ async def model_metadata(request: Request, model: str, version: str = "") -> dic
 
 @router.get("/v2/models/{model}/config", dependencies=INFER)
 @router.get("/v2/models/{model}/versions/{version}/config", dependencies=INFER)
-async def model_config(request: Request, model: str, version: str = "") -> dict[str, Any]:
+async def model_config(up: Up, model: str, version: str = "") -> dict[str, Any]:
     """The model's configuration in Triton's form."""
-    up = _upstreams(request)
     answer = await up.call(
         up.inference.ModelConfig, messages.ModelConfigRequest(name=model, version=version), idempotent=True
     )
@@ -104,11 +91,10 @@ async def model_config(request: Request, model: str, version: str = "") -> dict[
 
 
 @router.post("/v2/repository/index", dependencies=INFER)
-async def repository_index(request: Request) -> list[dict[str, Any]]:
+async def repository_index(request: Request, up: Up) -> list[dict[str, Any]]:
     """Every model and version the replica holds; the body may say `{"ready": true}`."""
     from interlock_gateway.codec import parse_object
 
-    up = _upstreams(request)
     body = await request.body()
     only_ready = bool(parse_object(body).get("ready", False)) if body else False
     answer = await up.call(

@@ -16,9 +16,8 @@ from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 from interlock.api.types.v1 import types_pb2
 from interlock.core import names
 from interlock.runtime.access import Principal, Scope
-from interlock_gateway.routes.swaps import Steer, plain, sse
-from interlock_gateway.upstreams import Upstreams
-from interlock_gateway.web import needs
+from interlock_gateway.dependencies import Up, needs
+from interlock_gateway.routes.resources import Steer, plain, sse
 
 router = APIRouter(tags=["runs"])
 TRAIN, ADMIN = needs(Scope.TRAIN), needs(Scope.ADMIN)
@@ -50,15 +49,9 @@ class Rollback(Steer):
     checkpoint: str = Field("", description="checkpoint id; empty: the youngest known-good one")
 
 
-def _upstreams(request: Request) -> Upstreams:
-    upstreams: Upstreams = request.app.state.upstreams
-    return upstreams
-
-
 @router.post("/rl/train")
-async def train(request: Request, body: Train, principal: Principal = TRAIN) -> JSONResponse:
+async def train(up: Up, body: Train, principal: Principal = TRAIN) -> JSONResponse:
     """Starts a run; its metrics stream at `/runs/{run}/metrics/events`."""
-    up = _upstreams(request)
     asked = run_pb.CreateRunRequest(
         change=types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name),
         run_id=body.run_id,
@@ -83,34 +76,28 @@ async def train(request: Request, body: Train, principal: Principal = TRAIN) -> 
 
 
 @router.get("/runs", dependencies=TRAIN_ONLY)
-async def listed(request: Request) -> dict[str, Any]:
+async def listed(up: Up) -> dict[str, Any]:
     """Runs, newest first."""
-    up = _upstreams(request)
     return plain(await up.call(up.runs.ListRuns, run_pb.ListRunsRequest(), idempotent=True))
 
 
 @router.get("/runs/{run}", dependencies=TRAIN_ONLY)
-async def one(request: Request, run: str) -> dict[str, Any]:
+async def one(up: Up, run: str) -> dict[str, Any]:
     """One run."""
-    up = _upstreams(request)
     return plain((await up.call(up.runs.GetRun, run_pb.GetRunRequest(name=names.run_name(run)), idempotent=True)).run)
 
 
 @router.get("/runs/{run}/checkpoints", dependencies=TRAIN_ONLY)
-async def checkpoints(request: Request, run: str) -> dict[str, Any]:
+async def checkpoints(up: Up, run: str) -> dict[str, Any]:
     """Checkpoints, youngest first."""
-    up = _upstreams(request)
     return plain(
         await up.call(up.checkpoints.List, checkpoint_pb.ListRequest(run=names.run_name(run)), idempotent=True)
     )
 
 
 @router.get("/runs/{run}/metrics", dependencies=TRAIN_ONLY)
-async def metrics(
-    request: Request, run: str, from_step: int = 0, to_step: int = 0, limit: int = 10_000
-) -> dict[str, Any]:
+async def metrics(up: Up, run: str, from_step: int = 0, to_step: int = 0, limit: int = 10_000) -> dict[str, Any]:
     """Step records of the live lineage."""
-    up = _upstreams(request)
     asked = metrics_pb.QueryStepMetricsRequest(
         run=names.run_name(run), from_step=from_step, to_step=to_step, limit=limit
     )
@@ -118,9 +105,8 @@ async def metrics(
 
 
 @router.get("/runs/{run}/metrics/events", dependencies=TRAIN_ONLY)
-async def metric_events(request: Request, run: str, from_seq: int = 0) -> StreamingResponse:
+async def metric_events(request: Request, up: Up, run: str, from_seq: int = 0) -> StreamingResponse:
     """Server-sent events of step records from a sequence number on; `id` is the last one sent, to resume after."""
-    up = _upstreams(request)
     last = request.headers.get("last-event-id", "")
     asked = metrics_pb.StreamStepMetricsRequest(
         run=names.run_name(run), from_seq=int(last) + 1 if last.isdigit() else from_seq
@@ -138,11 +124,8 @@ async def metric_events(request: Request, run: str, from_seq: int = 0) -> Stream
 
 
 @router.post("/runs/{run}/rollback")
-async def rollback(
-    request: Request, run: str, body: Rollback | None = None, principal: Principal = ADMIN
-) -> dict[str, Any]:
+async def rollback(up: Up, run: str, body: Rollback | None = None, principal: Principal = ADMIN) -> dict[str, Any]:
     """Rolls a run back, and traffic with it where a version descends from what is undone."""
-    up = _upstreams(request)
     body = body or Rollback()
     asked = rollback_pb.RollbackRunRequest(
         change=types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name),
@@ -154,14 +137,13 @@ async def rollback(
 
 @router.post("/runs/{run}/{verb}")
 async def steer(
-    request: Request,
+    up: Up,
     run: str,
     verb: Literal["pause", "resume", "stop"],
     body: Steer | None = None,
     principal: Principal = TRAIN,
 ) -> dict[str, Any]:
     """Pauses, resumes or stops a run."""
-    up = _upstreams(request)
     body = body or Steer()
     name = f"{verb.capitalize()}Run"
     change = types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from google.protobuf.json_format import MessageToDict
 from pydantic import BaseModel, ConfigDict, Field
 
 from interlock.api.controller.v1 import model_service_pb2 as model_pb
@@ -16,8 +14,8 @@ from interlock.api.controller.v1 import swap_service_pb2 as swap_pb
 from interlock.api.types.v1 import types_pb2
 from interlock.core import names
 from interlock.runtime.access import Principal, Scope
-from interlock_gateway.upstreams import Upstreams
-from interlock_gateway.web import needs
+from interlock_gateway.dependencies import Up, needs
+from interlock_gateway.routes.resources import Steer, plain, sse
 
 router = APIRouter(tags=["swaps"])
 ADMIN = needs(Scope.ADMIN)
@@ -42,25 +40,6 @@ class NewSwap(BaseModel):
     reason: str = Field("swap over HTTP", max_length=500)
 
 
-class Steer(BaseModel):
-    """Why a swap is steered."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    request_id: str = Field("", max_length=128)
-    reason: str = Field("by a person over HTTP", max_length=500)
-
-
-def plain(message: Any) -> dict[str, Any]:
-    """A message as JSON with the field names of the protos, defaults included."""
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-def _upstreams(request: Request) -> Upstreams:
-    upstreams: Upstreams = request.app.state.upstreams
-    return upstreams
-
-
 def _spec(body: NewSwap) -> Any:
     spec = swap_pb.SwapSpec(
         candidate_version=names.version_name(body.model, body.version),
@@ -77,9 +56,8 @@ def _spec(body: NewSwap) -> Any:
 
 
 @router.post("/swaps")
-async def create(request: Request, body: NewSwap, principal: Principal = ADMIN) -> JSONResponse:
+async def create(up: Up, body: NewSwap, principal: Principal = ADMIN) -> JSONResponse:
     """Starts a swap; 202 with the resource, whose events stand at `/swaps/{swap}/events`."""
-    up = _upstreams(request)
     change = types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name)
     answer = await up.call(
         up.swaps.CreateSwap, swap_pb.CreateSwapRequest(change=change, spec=_spec(body)), actor=principal.name
@@ -88,26 +66,23 @@ async def create(request: Request, body: NewSwap, principal: Principal = ADMIN) 
 
 
 @router.get("/swaps", dependencies=ADMIN_ONLY)
-async def listed(request: Request, model: str = "", page_size: int = 100) -> dict[str, Any]:
+async def listed(up: Up, model: str = "", page_size: int = 100) -> dict[str, Any]:
     """Swaps, newest first."""
-    up = _upstreams(request)
     asked = swap_pb.ListSwapsRequest(model=names.model_name(model) if model else "", page_size=page_size)
     return plain(await up.call(up.swaps.ListSwaps, asked, idempotent=True))
 
 
 @router.get("/swaps/{swap}", dependencies=ADMIN_ONLY)
-async def one(request: Request, swap: str) -> dict[str, Any]:
+async def one(up: Up, swap: str) -> dict[str, Any]:
     """One swap."""
-    up = _upstreams(request)
     return plain(
         (await up.call(up.swaps.GetSwap, swap_pb.GetSwapRequest(name=names.swap_name(swap)), idempotent=True)).swap
     )
 
 
 @router.get("/swaps/{swap}/receipt", dependencies=ADMIN_ONLY)
-async def receipt(request: Request, swap: str) -> dict[str, Any]:
+async def receipt(up: Up, swap: str) -> dict[str, Any]:
     """What an ended swap did."""
-    up = _upstreams(request)
     return plain(
         (
             await up.call(up.swaps.GetReceipt, swap_pb.GetReceiptRequest(name=names.swap_name(swap)), idempotent=True)
@@ -116,9 +91,8 @@ async def receipt(request: Request, swap: str) -> dict[str, Any]:
 
 
 @router.get("/swaps/{swap}/events", dependencies=ADMIN_ONLY)
-async def events(request: Request, swap: str, after_revision: int = 0) -> StreamingResponse:
+async def events(request: Request, up: Up, swap: str, after_revision: int = 0) -> StreamingResponse:
     """Server-sent events: the swap now, then after every change; ends when the swap does. `id` is the revision to resume from."""
-    up = _upstreams(request)
     last = request.headers.get("last-event-id", "")
     asked = swap_pb.WatchSwapRequest(
         name=names.swap_name(swap), after_revision=int(last) if last.isdigit() else after_revision
@@ -133,22 +107,15 @@ async def events(request: Request, swap: str, after_revision: int = 0) -> Stream
     return StreamingResponse(stream(), media_type="text/event-stream")
 
 
-def sse(event: str, document: dict[str, Any], event_id: str = "") -> bytes:
-    """One server-sent event."""
-    head = f"id: {event_id}\n" if event_id else ""
-    return f"{head}event: {event}\n".encode() + b"data: " + orjson.dumps(document) + b"\n\n"
-
-
 @router.post("/swaps/{swap}/{verb}")
 async def steer(
-    request: Request,
+    up: Up,
     swap: str,
     verb: Literal["approve", "reject", "promote", "abort"],
     body: Steer | None = None,
     principal: Principal = ADMIN,
 ) -> dict[str, Any]:
     """Approves, rejects, promotes or aborts."""
-    up = _upstreams(request)
     body = body or Steer()
     change = types_pb2.Change(request_id=body.request_id, reason=body.reason, actor=principal.name)
     name = f"{verb.capitalize()}Swap"
@@ -157,16 +124,14 @@ async def steer(
 
 
 @router.get("/models", dependencies=ADMIN_ONLY)
-async def models(request: Request) -> dict[str, Any]:
+async def models(up: Up) -> dict[str, Any]:
     """Every model with what serves."""
-    up = _upstreams(request)
     return plain(await up.call(up.models.ListModels, model_pb.ListModelsRequest(), idempotent=True))
 
 
 @router.get("/models/{model}/versions", dependencies=ADMIN_ONLY)
-async def versions(request: Request, model: str) -> dict[str, Any]:
+async def versions(up: Up, model: str) -> dict[str, Any]:
     """A model's versions, newest first."""
-    up = _upstreams(request)
     return plain(
         await up.call(
             up.models.ListVersions, model_pb.ListVersionsRequest(model=names.model_name(model)), idempotent=True
@@ -175,9 +140,8 @@ async def versions(request: Request, model: str) -> dict[str, Any]:
 
 
 @router.get("/models/{model}/explain", dependencies=ADMIN_ONLY)
-async def explain(request: Request, model: str, version: str = "") -> dict[str, Any]:
+async def explain(up: Up, model: str, version: str = "") -> dict[str, Any]:
     """The whole story of what serves."""
-    up = _upstreams(request)
     asked = model_pb.ExplainRequest(
         model=names.model_name(model), version=names.version_name(model, version) if version else ""
     )
