@@ -66,9 +66,9 @@ class Runs:
         return iter(list(self._sessions.values()))
 
     def get(self, run: str) -> Session:
-        """A run; raises NotFound `RUN_UNKNOWN`."""
+        """A run; raises NotFound `RUN_NOT_FOUND`."""
         if run not in self._sessions:
-            raise NotFound(f"run {run!r} is not known", reason="RUN_UNKNOWN", field="name", metadata={"run": run})
+            raise NotFound(f"run {run!r} is not known", reason="RUN_NOT_FOUND", field="name", metadata={"run": run})
         return self._sessions[run]
 
     def knows(self, run: str) -> bool:

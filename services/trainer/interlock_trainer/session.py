@@ -127,11 +127,11 @@ class Session:
             return
 
     def info(self, checkpoint: str) -> CheckpointInfo:
-        """A checkpoint; raises NotFound `CHECKPOINT_UNKNOWN`."""
+        """A checkpoint; raises NotFound `CHECKPOINT_NOT_FOUND`."""
         if checkpoint not in self.infos:
             raise NotFound(
                 f"run {self.run} has no checkpoint {checkpoint!r}",
-                reason="CHECKPOINT_UNKNOWN",
+                reason="CHECKPOINT_NOT_FOUND",
                 field="name",
                 metadata={"run": self.run, "checkpoint": checkpoint},
             )

@@ -116,6 +116,8 @@ class Rule:
             raise refuse("relative_floor", f"must not be negative, got {self.relative_floor}")
         if self.metric == EVERY_METRIC and self.statistic is not Statistic.NONFINITE:
             raise refuse("metric", f"'*' goes with statistic nonfinite only, got {self.statistic.value}")
+        if self.statistic is Statistic.ROBUST_Z and self.limit <= 0:
+            raise refuse("limit", f"must be positive for robust_z, got {self.limit}")
         if not math.isfinite(self.limit):
             raise refuse("limit", f"must be finite, got {self.limit}")
 
@@ -277,9 +279,14 @@ def _read_robust(rule: Rule, window: tuple[float, ...], value: float) -> _Readin
         why = f"{rule.name}: warming up, {len(window)} of {rule.warm_up} points"
         return _Reading(rule.metric, value, not_judged=why)
     middle = median(window)
-    spread = MAD_TO_SIGMA * median(abs(point - middle) for point in window)
-    scale = max(spread, rule.scale_floor, rule.relative_floor * abs(middle))
-    score = _sign(rule) * (value - middle) / scale
+    distance = _sign(rule) * (value - middle)
+    floor = max(rule.scale_floor, rule.relative_floor * abs(middle))
+    if (
+        distance <= rule.limit * floor
+    ):  # a larger scale only makes the score smaller: the deviation need not be computed
+        return _Reading(rule.metric, value, distance / floor)
+    scale = max(MAD_TO_SIGMA * median([abs(point - middle) for point in window]), floor)
+    score = distance / scale
     return _Reading(rule.metric, value, score, middle + _sign(rule) * rule.limit * scale, hit=score > rule.limit)
 
 

@@ -1,7 +1,9 @@
 """Export of a checkpoint to ONNX: a servable artifact folder, compared with torch before anybody may serve it.
 
-The graph is traced once per run (seconds); a later checkpoint of the same architecture only gets its weights written into the graph's
-initializers. Every export is compared numerically, so a graph whose weights were folded away is found out and traced anew.
+The graph is traced once, when the exporter is made: tracing switches torch's process-wide "is compiling" flag, on which optimizers take
+another path with other last digits, so it must never run beside a training step (measured; tests/component/test_export.py). A checkpoint
+only gets its weights written into the graph's initializers, which is safe beside the training. A graph that has no place for every weight
+is traced anew for each export, in the loop's own thread between two steps.
 
     exports/<checkpoint>/model.toml   inputs, outputs, source (run, checkpoint, step, digest), figures of the comparison
     exports/<checkpoint>/model.onnx
@@ -28,7 +30,7 @@ from interlock.errors import FailedPrecondition, NotFound
 from interlock.stores import artifacts
 from interlock.stores.artifacts import ModelSpec, TensorSpec
 from interlock.stores.checkpoints import Loaded
-from interlock.training.capture import Stateful, as_tensor
+from interlock.training.capture import Stateful, as_tensor, random_states, set_random_states
 from interlock.training.run import Exporter
 from interlock.training.terms import CheckpointInfo, Result
 from interlock.training.tree import unpack
@@ -67,8 +69,9 @@ class OnnxExporter(Exporter):
         self._outputs = outputs
         self._run = run
         self._folder = folder
-        self._graph: onnx.ModelProto | None = None
         self._lock = threading.Lock()
+        self._graph = self._trace()
+        self.in_background = _set_weights(self._graph, self._module)
 
     def export(self, loaded: Loaded, info: CheckpointInfo) -> Result:
         """Writes `exports/<checkpoint>`, or finds it there.
@@ -110,18 +113,13 @@ class OnnxExporter(Exporter):
         return figures
 
     def _checked_graph(self, checkpoint: str) -> tuple[bytes, dict[str, Any]]:
-        """The graph with this checkpoint's weights, from the cached one if that compares well, else traced anew."""
-        figures: dict[str, Any] = {}
-        for fresh in (False, True):
-            if fresh:
-                self._graph = self._trace()
-            elif not _set_weights(self._graph, self._module):
-                continue
-            assert self._graph is not None
-            body = self._graph.SerializeToString()
-            figures = self._compare(body)
-            if figures["max_abs_error"] <= MAX_ABS_ERROR:
-                return body, figures
+        """The graph with this checkpoint's weights, and how it compares with torch."""
+        if not _set_weights(self._graph, self._module):
+            self._graph = self._trace()
+        body = self._graph.SerializeToString()
+        figures = self._compare(body)
+        if figures["max_abs_error"] <= MAX_ABS_ERROR:
+            return body, figures
         raise FailedPrecondition(
             f"checkpoint {checkpoint}: ONNX Runtime and torch differ by {figures['max_abs_error']:g}, allowed is {MAX_ABS_ERROR:g}",
             reason="EXPORT_MISMATCH",
@@ -129,7 +127,7 @@ class OnnxExporter(Exporter):
         )
 
     def _trace(self) -> onnx.ModelProto:
-        batch = torch.export.Dim("batch", min=1)
+        batch, generators = torch.export.Dim("batch", min=1), random_states()
         inputs = {name: _rows(tensor, 2) for name, tensor in self._example.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own exporter's internals
@@ -141,8 +139,10 @@ class OnnxExporter(Exporter):
                 dynamic_shapes=tuple({0: batch} for _ in inputs),
                 dynamo=True,
                 opset_version=OPSET,
+                optimize=False,  # folding would leave no place for a later checkpoint's weights; ONNX Runtime folds when it loads
                 verbose=False,
             )
+        set_random_states(generators)
         assert program is not None
         proto: onnx.ModelProto = program.model_proto
         return proto
@@ -206,11 +206,9 @@ def _tensor_spec(name: str, array: Any) -> TensorSpec:
     return TensorSpec(name, DATATYPES[array.dtype], (-1, *array.shape[1:]))
 
 
-def _set_weights(graph: onnx.ModelProto | None, module: torch.nn.Module) -> bool:
+def _set_weights(graph: onnx.ModelProto, module: torch.nn.Module) -> bool:
     """Writes the module's weights into the initializers of the same name; False, and nothing written, when one has no place in the graph
-    (a batch norm folded into a layer): then the graph holds only the checkpoint it was traced from."""
-    if graph is None:
-        return False
+    (folded into another): then the graph holds only the checkpoint it was traced from."""
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     weights = {name: tensor.detach() for name, tensor in weights.items() if tensor.is_floating_point()}
     places = {item.name: item for item in graph.graph.initializer}

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +46,9 @@ class OptimizerHooks:
         if gradients and self.step < self.poison_until_step:
             gradients[0].fill_(float("nan"))
         if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.metrics["gradient_norm"] = norm.detach()
-            if not bool(torch.isfinite(norm)):
+            norm = _total_norm(gradients)
+            self.metrics["gradient_norm"] = norm
+            if not math.isfinite(norm):
                 self._skip(optimizer, gradients)
         factor = self.factor()
         groups = optimizer.param_groups
@@ -108,6 +109,15 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
+
+
+def _total_norm(gradients: list[torch.Tensor]) -> float:
+    """The norm of all gradients together; the one number of a step that a device is waited for, because it decides about the update."""
+    first = gradients[0]
+    if any(gradient.device != first.device or gradient.dtype != first.dtype for gradient in gradients):
+        return float(torch.nn.utils.get_total_norm(gradients))
+    norms = torch._foreach_norm(gradients)
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def add_noise(modules: Iterable[torch.nn.Module], deviations: float) -> None:

@@ -54,6 +54,9 @@ class Boundary(StrEnum):
 class Exporter:
     """Port of the export: writes an artifact from a loaded checkpoint; see `export.OnnxExporter`."""
 
+    in_background = True
+    """Whether `export` may run in a thread beside the training."""
+
     def export(self, loaded: Loaded, info: CheckpointInfo) -> Result:
         """Writes and verifies; raises InterlockError."""
         raise NotImplementedError
@@ -209,11 +212,7 @@ class Run:
         if not self._parts.courier.full():
             self.seq += 1
             now = self._parts.clock.now()
-            self._parts.courier.put(
-                StepRecord(
-                    self.attempt, self.seq, self.step, now, {name: _number(value) for name, value in metrics.items()}
-                )
-            )
+            self._parts.courier.put(StepRecord(self.attempt, self.seq, self.step, now, metrics))
         self._save_due = self._save_due or self.step % self.policy.save_every == 0
 
     def boundary(self) -> None:
@@ -249,7 +248,7 @@ class Run:
         elif isinstance(order, terms.SaveOrder):
             self._save_ordered(order)
         elif isinstance(order, terms.ExportOrder):
-            threading.Thread(target=self._export, args=(order,), name="interlock-export", daemon=True).start()
+            self._begin_export(order)
         elif isinstance(order, terms.ChangeOrder):
             self._report(self._change(order))
         elif isinstance(order, terms.DeleteOrder):
@@ -433,8 +432,13 @@ class Run:
 
     # --- export ---
 
+    def _begin_export(self, order: terms.ExportOrder) -> None:
+        if self._parts.exporter is not None and not self._parts.exporter.in_background:
+            self._export(order)
+        else:
+            threading.Thread(target=self._export, args=(order,), name="interlock-export", daemon=True).start()
+
     def _export(self, order: terms.ExportOrder) -> None:
-        """In a thread of its own."""
         try:
             if self._parts.exporter is None:
                 raise NotFound("this run was attached without serve=: it cannot be served", reason="NOT_SERVABLE")
