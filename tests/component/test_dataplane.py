@@ -1,6 +1,7 @@
 """The data plane over real ONNX models: answers under swaps, deadlines, cancellation, cuts, overload; and the replica's commands behind it."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ from interlock.errors import (
 )
 from interlock.runtime.clock import SystemClock
 from interlock.stores import artifacts, golden
-from interlock_inference.assignment import AssignmentFile
+from interlock_inference.assignment import Assignment, AssignmentFile
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array
 from interlock_inference.engines.onnx import OnnxOptions
@@ -91,11 +92,11 @@ def call(rows: int = 1, **more: object) -> Call:
 
 
 @asynccontextmanager
-async def a_world(home: Path, **options: int) -> AsyncIterator[World]:
+async def a_world(home: Path, file: AssignmentFile | None = None, **options: int) -> AsyncIterator[World]:
     registry, recorder = Registry(), Recorder()
     plane = DataPlane(registry, recorder, Nobody(), **options)
     async with asyncio.TaskGroup() as tasks:
-        file = AssignmentFile(home / "replica.json")
+        file = file or AssignmentFile(home / "replica.json")
         replica = Replica(registry, recorder, file, SystemClock(), tasks, options=OnnxOptions(), warmup_iterations=5)
         try:
             yield World(home, registry, plane, replica, recorder)
@@ -134,7 +135,7 @@ async def test_swaps_under_load_fail_nothing_and_name_the_version_that_answered(
             await world.route(epoch, version)
             await ask()
             assert (await world.replica.drain("policy", previous, 5.0)).num_cut == 0
-            assert world.replica.release("policy", previous)
+            assert await world.replica.release("policy", previous)
         stop.set()
     assert {version for version, _, _ in answers} == {str(n) for n in range(1, 22)}
     assert len(answers) > 100
@@ -161,7 +162,7 @@ async def test_swaps_of_slow_models_in_threads_fail_nothing(world: World) -> Non
             await world.load(str(epoch), onnx_models.slow(float(epoch)))
             await world.route(epoch, str(epoch))
             assert (await world.replica.drain("policy", str(epoch - 1), 20.0)).num_cut == 0
-            world.replica.release("policy", str(epoch - 1))
+            await world.replica.release("policy", str(epoch - 1))
         stop.set()
     assert answers
     assert all(float(version) == value for version, value in answers)
@@ -216,7 +217,7 @@ async def test_a_drain_that_runs_out_cuts_with_a_retryable_error_and_closes_afte
         await world.route(2)
         drained = await world.replica.drain("policy", "1", 0.001)
         assert drained.cut_request_ids == ("slow-one",)
-        world.replica.release("policy", "1")
+        await world.replica.release("policy", "1")
         assert slot.opened is not None, "the thread still runs"
     assert isinstance(cut.result(), Unavailable)
     await asyncio.to_thread(world.plane.close)
@@ -281,10 +282,84 @@ async def test_fences_and_epochs(world: World) -> None:
     assert absent.value.reason == "VERSION_NOT_READY"
     assert (await world.plane.infer(call())).slot.version == "1"
     assert world.replica.fencing_token == 8
-    for command in (world.replica.release, world.replica.park):
-        with pytest.raises(FailedPrecondition) as routed:
-            command("policy", "1")
-        assert routed.value.reason == "VERSION_ROUTED"
+    with pytest.raises(FailedPrecondition) as routed:
+        await world.replica.release("policy", "1")
+    assert routed.value.reason == "VERSION_ROUTED"
+    with pytest.raises(FailedPrecondition) as parked:
+        world.replica.park("policy", "1")
+    assert parked.value.reason == "VERSION_ROUTED"
+
+
+class GatedFile(AssignmentFile):
+    """An assignment file whose writes wait for a gate."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.gate, self.reached = threading.Event(), threading.Event()
+
+    def write(self, assignment: Assignment) -> None:
+        self.reached.set()
+        assert self.gate.wait(30)
+        super().write(assignment)
+
+
+@asynccontextmanager
+async def a_gated_world(home: Path) -> AsyncIterator[tuple[World, GatedFile]]:
+    """With versions 1 and 2 loaded; every write of the assignment waits."""
+    file = GatedFile(home / "replica.json")
+    async with a_world(home, file) as world:
+        for version in ("1", "2"):
+            await world.load(version)
+        try:
+            yield world, file
+        finally:
+            file.gate.set()
+
+
+async def test_a_caller_that_leaves_half_way_leaves_a_route_in_force(tmp_path: Path) -> None:
+    """Written down and in force are one step: a call cancelled between the two must not leave them apart."""
+    async with a_gated_world(tmp_path) as (world, file), asyncio.TaskGroup() as group:
+        applying = group.create_task(world.route(1, "1", token=3))
+        await asyncio.to_thread(file.reached.wait, 30)
+        applying.cancel()
+        await asyncio.wait((applying,))
+        assert world.replica.routes() == []
+        file.gate.set()
+        await world.route(1, "1", token=3)  # the controller asks again
+        assert (await world.plane.infer(call())).epoch == 1
+        assert file.read().models["policy"].route.epoch == 1
+
+
+async def test_commands_of_a_new_controller_at_once_lose_nothing(tmp_path: Path) -> None:
+    """Higher tokens and routes, written by calls that overlap: the file ends with all of it."""
+    async with a_gated_world(tmp_path) as (world, file):
+        async with asyncio.TaskGroup() as group:
+            for token in (5, 6, 7):
+                group.create_task(world.replica.obey(token))
+            await asyncio.to_thread(file.reached.wait, 30)
+            group.create_task(world.route(1, "1", token=7))
+            group.create_task(world.replica.obey(8))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            file.gate.set()
+        last = file.read()
+        assert last.fencing_token == world.replica.fencing_token == 8
+        assert last.models["policy"].route == world.registry.snapshot.routes["policy"].route
+
+
+async def test_a_version_is_not_released_while_its_route_is_being_written(tmp_path: Path) -> None:
+    async with a_gated_world(tmp_path) as (world, file):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(world.route(1, "1"))
+            await asyncio.to_thread(file.reached.wait, 30)
+            releasing = group.create_task(_caught(world.replica.release("policy", "1")))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            file.gate.set()
+        refused = releasing.result()
+        assert refused is not None
+        assert refused.reason == "VERSION_ROUTED"
+        assert (await world.plane.infer(call())).slot.version == "1"
 
 
 async def test_loads_that_fail_leave_the_served_version_alone(world: World) -> None:
@@ -310,8 +385,8 @@ async def test_loads_that_fail_leave_the_served_version_alone(world: World) -> N
         assert slot.error.startswith(reason)
         with pytest.raises(FailedPrecondition):
             await world.replica.warm("policy", wanted.version, 1)
-        assert world.replica.release("policy", wanted.version)
-        assert not world.replica.release("policy", wanted.version)
+        assert await world.replica.release("policy", wanted.version)
+        assert not await world.replica.release("policy", wanted.version)
     assert (await world.plane.infer(call())).slot.version == "1"
 
 
@@ -332,7 +407,7 @@ async def test_one_load_for_many_askers_and_none_for_those_who_left(world: World
 async def test_a_release_during_the_load_wins(world: World) -> None:
     stream = world.replica.prepare(Wanted("policy", "1", world.artifact("1")))
     await anext(stream)
-    assert world.replica.release("policy", "1")
+    assert await world.replica.release("policy", "1")
     with pytest.raises(FailedPrecondition, match="released while it was loading"):
         async for _ in stream:
             pass

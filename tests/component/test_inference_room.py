@@ -238,6 +238,12 @@ async def test_a_readable_request_gets_a_readable_answer(served: Remote) -> None
     assert not response.raw_output_contents
 
 
+async def test_a_timeout_of_zero_is_none(served: Remote) -> None:
+    request = infer_request()
+    request.parameters["timeout"].int64_param = 0
+    assert (await infer(served, request)).model_version == "1"
+
+
 async def test_a_traced_request_names_its_trace(served: Remote) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     response = await served.oip.ModelInfer(infer_request(), metadata=(("traceparent", trace),))
@@ -324,7 +330,7 @@ BAD: dict[str, tuple[Spoil, type[InterlockError], str, str]] = {
         "SHARED_MEMORY",
         "",
     ),
-    "no time": (lambda r: setattr(r.parameters["timeout"], "int64_param", 0), DeadlineExceeded, "DEADLINE_EXPIRED", ""),
+    "no time": (lambda r: setattr(r.parameters["timeout"], "int64_param", 1), DeadlineExceeded, "DEADLINE_EXPIRED", ""),
 }
 
 

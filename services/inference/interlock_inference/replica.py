@@ -13,12 +13,12 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -151,11 +151,35 @@ class Replica:
         """
         admit("", epoch=0, token=token, seen_epoch=0, seen_token=self.fencing_token)
         if token > self.fencing_token:
-            await self._remember(replace(self._assignment, fencing_token=token))
+            await self._undisturbed(self._note_token(token))
+
+    async def _note_token(self, token: int) -> None:
+        async with self._lock:
+            if token > self.fencing_token:
+                await self._remember(replace(self._assignment, fencing_token=token))
 
     async def _remember(self, assignment: Assignment) -> None:
+        """With the lock held, in a task that nobody cancels: two writers, or a writer and a reader of a half-taken step, must not meet."""
+        assert self._lock.locked()
         await asyncio.to_thread(self._file.write, assignment)
         self._assignment = assignment
+
+    async def _undisturbed(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Runs `work` to its end even when the caller is cancelled half-way; its error, if any, is the caller's."""
+        ended: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            try:
+                result = await work
+            except Exception as error:  # noqa: BLE001 - handed to the caller; in the task group it would end the process
+                if not ended.done():
+                    ended.set_exception(error)
+            else:
+                if not ended.done():
+                    ended.set_result(result)
+
+        self._tasks.create_task(run())
+        return await ended
 
     async def restore(self) -> None:
         """Loads, warms and routes what was assigned before the process ended. A version that fails is left out; nothing is raised for it."""
@@ -178,10 +202,12 @@ class Replica:
             async for _ in self.prepare(Wanted(model, version, each.artifact_uri, each.digest, None, each.origin)):
                 pass
             await self.warm(model, version, 0)
-        current = self._registry.snapshot.routes.get(model)
-        if current is None or current.route.epoch < assigned.route.epoch:
-            self._switch(assigned.route)
-            _log.info("restored", model=model, epoch=assigned.route.epoch, versions=list(assigned.versions))
+        async with self._lock:
+            current = self._registry.snapshot.routes.get(model)
+            if current is None or current.route.epoch < assigned.route.epoch:
+                self._assigned(assigned.route)  # a controller may have released one of them meanwhile
+                self._switch(assigned.route)
+        _log.info("restored", model=model, epoch=assigned.route.epoch, versions=list(assigned.versions))
 
     # --- load ---
 
@@ -400,23 +426,29 @@ class Replica:
             Aborted: `STALE_CONTROLLER`, `STALE_EPOCH` (also for the same epoch with other weights).
             FailedPrecondition: `VERSION_NOT_READY`.
         """
+        return await self._undisturbed(self._apply(token, route, stable_version, updated_at))
+
+    async def _apply(self, token: int, route: Route, stable_version: str, updated_at: float) -> Applied:
         start = self._clock.monotonic()
         async with self._lock:
-            current = self._assignment.models.get(route.model)
+            known = self._assignment.models.get(route.model)
             news = admit(
                 route.model,
                 epoch=route.epoch,
                 token=token,
-                seen_epoch=current.route.epoch if current else 0,
+                seen_epoch=known.route.epoch if known else 0,
                 seen_token=self.fencing_token,
             )
-            if not news and current is not None and current.route != route:
-                raise stale_epoch(route.model, current.route.epoch, route.epoch)
-            await self.obey(token)
-            if not news and current is not None and route.model in self._registry.snapshot.routes:
-                return Applied(current, 0.0, 0)
+            if not news and known is not None and known.route != route:
+                raise stale_epoch(route.model, known.route.epoch, route.epoch)
+            if token > self.fencing_token:
+                await self._remember(replace(self._assignment, fencing_token=token))
+            in_force = self._registry.snapshot.routes.get(route.model)
+            if not news and known is not None and in_force is not None and in_force.route == route:
+                return Applied(known, 0.0, 0)
             assigned = AssignedModel(route, stable_version, updated_at, self._assigned(route))
-            await self._remember(replace(self._assignment, models={**self._assignment.models, route.model: assigned}))
+            models = {**self._assignment.models, route.model: assigned}
+            await self._remember(Assignment(token, models))
             self._failpoint("switch", ",".join(route.versions()))
             left = self._switch(route)
         seconds = self._clock.monotonic() - start
@@ -482,18 +514,19 @@ class Replica:
         self.changed.fire()
         return slot
 
-    def release(self, model: str, version: str) -> bool:
+    async def release(self, model: str, version: str) -> bool:
         """Unloads an unrouted version; its engine is closed when nothing holds it any more. False when it was not loaded.
 
         Raises:
             FailedPrecondition: `VERSION_ROUTED`.
         """
-        slot = self._unrouted(model, version)
-        if slot is None:
-            return False
-        slot.move(SlotState.STOPPED)
-        self._registry.drop(slot)
-        self._loads.pop((model, version), None)
+        async with self._lock:  # not between the check of a route and its coming into force
+            slot = self._unrouted(model, version)
+            if slot is None:
+                return False
+            slot.move(SlotState.STOPPED)
+            self._registry.drop(slot)
+            self._loads.pop((model, version), None)
         self._released(slot)
         self.changed.fire()
         _log.info("released", version=slot.name)

@@ -246,9 +246,9 @@ _COUNTED = frozenset(SlotState) - {SlotState.INITIALIZING, SlotState.STOPPED}
 
 
 def _deadline(request: pb.ModelInferRequest, remaining: float | None) -> float | None:
-    """The nearer of the call's deadline and Triton's `timeout` parameter, in microseconds."""
-    if "timeout" in request.parameters:
-        asked = request.parameters["timeout"].int64_param / 1e6
+    """The nearer of the call's deadline and Triton's `timeout` parameter: microseconds, 0 for none."""
+    asked = request.parameters["timeout"].int64_param / 1e6 if "timeout" in request.parameters else 0.0
+    if asked > 0:
         remaining = asked if remaining is None else min(asked, remaining)
     return None if remaining is None else time.monotonic() + remaining
 

@@ -123,7 +123,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
         """Unloads a version."""
         model, version = parse_version(request.version)
         await self._replica.obey(request.fence.token)
-        return pb.ReleaseResponse(released=self._replica.release(model, version))
+        return pb.ReleaseResponse(released=await self._replica.release(model, version))
 
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
         """Reports everything."""
