@@ -26,6 +26,10 @@ HEADER = '"""Generated from protos/ by tools/genproto.py. Do not edit."""\n'
 def _protoc(target: Path) -> None:
     files = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / "interlock").rglob("*.proto"))
     arguments = ["protoc", f"-I{PROTOS}", f"-I{INCLUDE}"]
+    # beside this interpreter, whatever PATH says: `.venv/bin/python -m pytest` runs without the environment being activated
+    arguments += [
+        f"--plugin={name}={Path(sys.executable).parent / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+    ]
     arguments += [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
     arguments += [f"--mypy_out=quiet:{target}", f"--mypy_grpc_out=quiet:{target}"]
     if protoc.main([*arguments, *files]) != 0:
