@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from rooms import ROOT, running
 
 pytestmark = [pytest.mark.system]

@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -26,6 +27,7 @@ from interlock.core.steps import StepRecord
 from interlock.core.supervision import Supervision
 from interlock.errors import FailedPrecondition, InterlockError, NotFound, Unavailable
 from interlock.runtime import telemetry as traces
+from interlock.stores.checkpoints import CheckpointStore
 from interlock.stores.trainer import RollbackRow, RunRow, TrainerStore
 from interlock.training import terms, wire
 from interlock.training.terms import CheckpointInfo, Hello, Order, Promotion, Result
@@ -387,11 +389,22 @@ class Session:
         if interrupted:
             self.set_state("detached", "")
         elif not error:
+            self._delete_what_is_left()
             self.set_state("completed")
         elif self.row.owned:
             self.set_state("detached", error)
         else:
             self.set_state("failed", f"LOOP_FAILED: {error}")
+
+    def _delete_what_is_left(self) -> None:
+        """Orders to delete that came too late for the loop are carried out here, where its folder is on this machine."""
+        folder = Path(self.row.checkpoint_folder)
+        for body in self._store.open_orders(self.run):
+            order = wire.order_value(loop_pb.Order.FromString(body))
+            if isinstance(order, terms.DeleteOrder) and folder.is_dir():
+                for checkpoint in order.checkpoints:
+                    CheckpointStore(folder).delete(checkpoint)
+                self._store.finish_order(self.run, order.order)
 
     # --- what commands do ---
 

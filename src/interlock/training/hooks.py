@@ -3,7 +3,7 @@
 - Before the step: if any gradient is NaN or infinite, all gradients are set to None, so the update does nothing; the step is recorded
   with `nonfinite_gradients`, on which every guard policy trips.
 - A scale multiplies the learning rate of every group for the one step and puts it back after it, so schedulers never see it.
-- `gradient_norm` and `learning_rate` are reported for free, unless the loop reports its own.
+- `gradient_norm`, `learning_rate` and, with a device, `device_memory_bytes` are reported for free, unless the loop reports its own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class OptimizerHooks:
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self._rates: dict[int, list[Any]] = {}
+        self._on_device = torch.cuda.is_available()
         self._handles: list[Any] = []
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
@@ -53,6 +54,8 @@ class OptimizerHooks:
         factor = self.factor()
         groups = optimizer.param_groups
         self.metrics["learning_rate"] = float(groups[0]["lr"]) * factor
+        if self._on_device:
+            self.metrics["device_memory_bytes"] = float(torch.cuda.memory_allocated())
         if factor != 1.0:
             self._rates[id(optimizer)] = [group["lr"] for group in groups]
             for group in groups:
