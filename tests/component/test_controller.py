@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from grpc import aio
+from onnx import TensorProto, helper, numpy_helper
 
 import onnx_models
 from controller_world import Controller, a_controller, state_of
@@ -177,6 +179,52 @@ async def test_a_soaking_swap_is_reverted_and_its_version_quarantined(tmp_path: 
         assert caught.value.reason == "QUARANTINED"
         again = await controller.swap_to(V2, force=True)
         assert state_of(again) == "COMPLETED"
+
+
+def only_one_row(value: float) -> bytes:
+    """Like `onnx_models.constant`, and fails for any other number of rows than one."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["row"]),  # fails at run time unless x has four elements
+        helper.make_node("Add", ["x", "row"], ["sum"]),
+        helper.make_node("Mul", ["sum", "zero"], ["z"]),
+        helper.make_node("Add", ["z", "value"], ["y"]),
+    ]
+    weights = {"shape": np.array([1, 4], np.int64), "zero": np.float32(0), "value": np.float32(value)}
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
+    tensors = tuple(numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items())
+    return onnx_models.make(nodes, [info[0]], [info[1]], tensors)
+
+
+async def test_a_version_that_fails_real_requests_is_reverted_by_itself(tmp_path: Path) -> None:
+    """Warm-up and comparison saw single rows only; traffic brings pairs. The error rate condemns the version while it soaks."""
+    async with a_world(tmp_path) as (controller, replica):
+        await controller.swap_to(await controller.register(1.0))
+        for _ in range(70):
+            await answer(replica)
+        swap = await controller.create(
+            await controller.register(2.0, only_one_row(2.0)), soak_duration=Duration(seconds=600)
+        )
+        await controller.watch(swap.name, until="SOAKING")
+        pair = messages.ModelInferRequest(
+            model_name="policy", raw_input_contents=[np.zeros((2, 4), np.float32).tobytes()]
+        )
+        pair.inputs.add(name="x", datatype="FP32", shape=[2, 4])
+        num_failed, back = 0, False
+        async with asyncio.timeout(30):
+            while not back:
+                try:
+                    await replica.oip.ModelInfer(pair, timeout=10)
+                    back = True
+                except aio.AioRpcError:
+                    num_failed += 1
+        ended = (await controller.watch(swap.name))[-1]
+        assert (state_of(ended), ended.reason) == ("REVERTED", "ERROR_RATE")
+        assert await answer(replica) == (1.0, "1")
+        assert 20 <= (await controller.receipt(swap.name)).failed_count <= num_failed
+        story = await controller.call(
+            "model", "Explain", model_service_pb2.ExplainRequest(model="models/policy", version=V2)
+        )
+        assert story.version.state == model_service_pb2.Version.STATE_QUARANTINED
 
 
 async def test_forbidding_what_serves_moves_the_traffic(tmp_path: Path) -> None:

@@ -171,6 +171,9 @@ class World:
             if decision.swap.state is not swap.state and decision.swap.state in {State.REVERTED, State.DRAINING}:
                 behind = [r.name for r in self.replicas.values() if r.up and r.route.epoch < self.store.route.epoch]
                 assert not behind, f"5: {decision.swap.state} while {behind} still route what is about to be released"
+            if decision.swap.state is not swap.state and decision.swap.state is State.SWITCHING:
+                cold = [r.name for r in self.replicas.values() if r.up and not r.view().warm(swap.spec.candidate)]
+                assert not cold, f"3: the route was committed while {cold} do not hold the candidate"
             for command in decision.commands:
                 if (swap.id, command) not in busy:
                     self._send(swap.id, command)
@@ -256,7 +259,7 @@ class World:
         )
 
 
-def _run(seed: int) -> World:
+def run(seed: int) -> World:
     world = World(seed)
     for _ in range(world.rng.randint(50, 200)):
         world.tick()
@@ -271,7 +274,7 @@ def test_many_seeds() -> None:
     faults = 0
     for seed in seeds:
         print(f"INTERLOCK_SIM_SEED={seed}")  # pytest shows it with a failure: the last one printed is the seed
-        world = _run(seed)
+        world = run(seed)
         faults += world.faults_hit
         for swap in world.store.swaps.values():
             ends[swap.state] = ends.get(swap.state, 0) + 1
@@ -284,7 +287,7 @@ def test_many_seeds() -> None:
 
 
 def test_the_same_seed_is_the_same_world() -> None:
-    first, second = _run(7), _run(7)
+    first, second = run(7), run(7)
     assert first.store.events == second.store.events
     assert first.epochs == second.epochs
 
