@@ -76,6 +76,31 @@ async def test_the_first_good_checkpoint_serves_and_a_better_one_follows(tmp_pat
         assert len(ended.trace_id) == 32
 
 
+async def test_a_person_who_moved_traffic_back_is_not_overruled(tmp_path: Path) -> None:
+    """An SRE's rollback would be worth nothing if the next checkpoint undid it; moving forward by hand lets promotions go on."""
+    async with a_world(tmp_path) as (controller, trainer, _):
+        trainer.promote(min_improvement=5.0)
+        trainer.save(100, 20.0)
+        await routed(controller, "1")
+        trainer.save(200, 40.0)
+        await routed(controller, "2")
+        ended = await controller.watch((await swaps(controller))[0].name)
+        assert state_of(ended[-1]) == "COMPLETED"
+        back = model_service_pb2.RollbackModelRequest(
+            model="models/policy", change=types_pb2.Change(reason="looks wrong")
+        )
+        swap = (await controller.call("model", "RollbackModel", back)).swap
+        assert state_of((await controller.watch(swap.name))[-1]) == "COMPLETED"
+        held = trainer.save(300, 60.0)
+        await asyncio.sleep(0.5)
+        assert held not in trainer.exports
+        assert (await controller.route()).weights[0].version == "models/policy/versions/1"
+        forward = await controller.create("models/policy/versions/2")
+        assert state_of((await controller.watch(forward.name))[-1]) == "COMPLETED"
+        await routed(controller, "3")
+        assert held in trainer.exports
+
+
 async def test_a_checkpoint_is_promoted_once_whatever_restarts(tmp_path: Path) -> None:
     async with a_trainer(tmp_path) as (trainer, port), a_replica(tmp_path) as replica:
         trainer.promote()

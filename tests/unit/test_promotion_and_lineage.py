@@ -25,6 +25,7 @@ from interlock.core.promotion import (
     best,
     check_policy,
     judge,
+    moved_back_by,
 )
 from interlock.core.route import Route, all_to
 from interlock.errors import InvalidArgument
@@ -46,12 +47,31 @@ def test_a_better_good_checkpoint_is_promoted_and_says_by_what() -> None:
 
 
 @pytest.mark.parametrize(
+    ("left", "reached", "actor", "forbidden", "who"),
+    [
+        ("3", "1", "ops", False, "ops"),
+        ("3", "1", "", False, "somebody"),
+        ("10", "9", "ops", False, "ops"),
+        ("3", "1", "ops", True, ""),
+        ("1", "3", "ops", False, ""),
+        (None, "1", "ops", False, ""),
+        ("3", "1", "promotion", False, ""),
+    ],
+)
+def test_a_person_who_moved_traffic_back_is_not_overruled(
+    left: str | None, reached: str, actor: str, forbidden: bool, who: str
+) -> None:
+    assert moved_back_by(left, reached, actor, forbidden=forbidden) == who
+
+
+@pytest.mark.parametrize(
     ("contender", "serving", "now", "extra", "why"),
     [
         (_contender(good=False), SERVING, 100.0, {}, "not confirmed as good"),
         (_contender(94.9), SERVING, 100.0, {}, "wanted 5"),
         (_contender(float("nan")), SERVING, 100.0, {}, "no finite reward"),
         (_contender(), SERVING, 59.0, {}, "less than 60 s"),
+        (_contender(), Serving("1", {"reward": 90.0}, 0.0, "ops"), 100.0, {}, "ops moved policy back to version 1"),
         (_contender(), SERVING, 100.0, {"promoted": frozenset({"runs/r/checkpoints/c2"})}, "promoted already"),
         (_contender(), SERVING, 100.0, {"quarantined": frozenset({"blake3:aa"})}, "quarantined"),
     ],

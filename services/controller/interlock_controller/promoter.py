@@ -13,7 +13,7 @@ from dataclasses import replace
 import structlog
 
 from interlock.core.ports import Clock
-from interlock.core.promotion import Contender, Hold, PromotionPolicy, Serving, best, judge
+from interlock.core.promotion import PROMOTER, Contender, Hold, PromotionPolicy, Serving, best, judge, moved_back_by
 from interlock.core.swap import Concurrency, State, SwapSpec
 from interlock.errors import InterlockError
 from interlock.runtime import telemetry
@@ -178,7 +178,16 @@ class Promoter:
         if row is None:
             return None
         done = [r.created_at for r in rows if r.state == "SWAPPED"]
-        return Serving(row.version, row.metrics, max(done, default=0.0))
+        return Serving(row.version, row.metrics, max(done, default=0.0), self._moved_back_by(model))
+
+    def _moved_back_by(self, model: str) -> str:
+        newest = self._store.completed_swaps(model, limit=1)
+        if not newest or not newest[0].stable:
+            return ""
+        left = max(newest[0].stable, key=lambda weight: weight.weight).version
+        row = self._store.version(model, left)
+        forbidden = row is None or row.quarantined
+        return moved_back_by(left, newest[0].spec.candidate, newest[0].actor, forbidden=forbidden)
 
     # --- seeing it through ------------------------------------------------------------------------------------------------------------
 
@@ -205,7 +214,7 @@ class Promoter:
             digest=exported.digest,
             origin=exported.origin,
             metrics={**exported.metrics, **(known.metrics if known else {})},
-            actor="promotion",
+            actor=PROMOTER,
         )
         return self._put(replace(row, state="REGISTERED", version=version.version))
 
@@ -214,7 +223,7 @@ class Promoter:
         spec = SwapSpec(row.model, row.version, concurrency=Concurrency.SUPERSEDE, soak_seconds=SOAK_SECONDS)
         try:
             trace = telemetry.current_traceparent() or row.trace
-            swap = self._swaps.create(spec, actor="promotion", why=row.why, request=request, trace=trace)
+            swap = self._swaps.create(spec, actor=PROMOTER, why=row.why, request=request, trace=trace)
         except InterlockError as error:
             if error.reason != "ALREADY_STABLE":
                 raise

@@ -4,6 +4,7 @@ Rules of this file
 - Only GOOD checkpoints are promoted, each at most once, none whose digest or own name is quarantined.
 - The first one of a model is promoted whatever its metric; a later one must beat what serves by `improvement_min`.
 - NaN beats nothing and is beaten by nothing: a checkpoint without the metric waits.
+- A person who moved traffic back, without forbidding what was left, is not overruled: promotions wait until a person moves it forward again.
 - A verdict says why in words; the same inputs give the same verdict.
 """
 
@@ -16,6 +17,10 @@ from math import isfinite
 
 from interlock.core.names import check_id
 from interlock.errors import InvalidArgument
+
+
+PROMOTER = "promotion"
+"""The actor of swaps that were made by this rule."""
 
 
 class Direction(StrEnum):
@@ -75,6 +80,20 @@ class Serving:
     version: str
     metrics: Mapping[str, float]
     promoted_at: float
+    moved_back_by: str = ""
+
+
+def moved_back_by(left: str | None, reached: str, actor: str, *, forbidden: bool) -> str:
+    """Who moved a model back from version `left` to the older version `reached`; empty for a move forward, or one that names its cause.
+
+    Args:
+        left: the version that served before; None for the first.
+        actor: who made the swap; the promoter itself does not count.
+        forbidden: `left` is quarantined, so that what was wrong with it is known and the next one may come.
+    """
+    if left is None or forbidden or actor == PROMOTER or not (left.isdigit() and reached.isdigit()):
+        return ""
+    return (actor or "somebody") if int(reached) < int(left) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +135,12 @@ def judge(
         return Hold(name, f"has no finite {policy.metric}")
     if serving is None:
         return Promote(name, f"first version: {policy.metric} {value:g} at step {contender.step}")
+    if serving.moved_back_by:
+        who = serving.moved_back_by
+        return Hold(
+            name,
+            f"{who} moved {policy.model} back to version {serving.version}; a swap to a newer version by hand lets promotions go on",
+        )
     wait = serving.promoted_at + policy.interval_seconds_min - now
     if wait > 0:
         return Hold(
