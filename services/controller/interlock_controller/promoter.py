@@ -186,7 +186,7 @@ class Promoter:
             return ""
         left = max(newest[0].stable, key=lambda weight: weight.weight).version
         row = self._store.version(model, left)
-        forbidden = row is None or row.quarantined
+        forbidden = row is None or bool(row.quarantined)
         return moved_back_by(left, newest[0].spec.candidate, newest[0].actor, forbidden=forbidden)
 
     # --- seeing it through ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from math import isfinite
 from interlock.core.names import check_id
 from interlock.errors import InvalidArgument
 
-
 PROMOTER = "promotion"
 """The actor of swaps that were made by this rule."""
 
