@@ -62,8 +62,10 @@ class Rollbacks:
         self, proposed: RollbackRow, onset_step: int, checkpoints: Sequence[CheckpointRow]
     ) -> tuple[RollbackRow, str]:
         """The target that holds, with a reason where it is not the proposed one. Nothing is written."""
+        known = {row.name: row for row in self._store.checkpoints(proposed.run)}
         for row in checkpoints:
-            self._store.put_checkpoint(row)
+            if known.get(row.name) != row:  # a write is a disk sync, and the trainer waits for two seconds at most
+                self._store.put_checkpoint(row)
         fallen = frozenset(name for row in self._store.rollbacks(proposed.run) for name in row.quarantined) | {
             v.origin.checkpoint
             for m in self._store.models()

@@ -51,7 +51,8 @@ CREATE TABLE swaps (
   number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, model TEXT NOT NULL, active INTEGER NOT NULL,
   candidate TEXT NOT NULL, state TEXT NOT NULL, revision INTEGER NOT NULL, body TEXT NOT NULL
 ) STRICT;
-CREATE INDEX swaps_by_model ON swaps (model, active);
+CREATE INDEX swaps_by_model ON swaps (model);
+CREATE INDEX swaps_active ON swaps (number) WHERE active = 1;
 CREATE INDEX swaps_by_state ON swaps (model, state);
 CREATE TABLE swap_events (swap TEXT NOT NULL, revision INTEGER NOT NULL, at REAL NOT NULL, body TEXT NOT NULL,
   PRIMARY KEY (swap, revision)) STRICT;
