@@ -77,7 +77,7 @@ class Service:
         self.store = TrainerStore(self.home / "trainer.db")
         keys = Keys(self.home)
         self.controller = Controller(self.controller_address, Caller(keys.internal_key()), 1.0)
-        self.runs = Runs(Shared(self.store, Hub(), self.controller, SystemClock(), self._spawn), self.home)
+        self.runs = Runs(Shared(self.home, self.store, Hub(), self.controller, SystemClock(), self._spawn))
         self.room = GrpcRoom(self._stopping, keys)
         add_all(self.room, self.runs, Children(self.home, "", SystemClock(), 1), self.store, keys, self._spawn)
         self.runs.load()
@@ -171,7 +171,7 @@ class Loop(threading.Thread):
             optimizer=optimizer,
             data=Batches(torch.randn(64, 3), batch_size=8),
             trainer=self.service.address,
-            home=self.service.home / "loops",
+            home=self.options.pop("home", self.service.home),
             **{**settings, **self.options},
         ) as run:
             self.attached = run
@@ -340,7 +340,7 @@ async def test_checkpoints_are_saved_pinned_marked_and_verified(service: Service
         assert 5 <= len(listed) <= 8, "the last five, the pinned one, and what is being written"
         good = checkpoint_pb.MarkRequest(name=saved.name, state=run_pb.Checkpoint.STATE_QUARANTINED)
         assert (await service.checkpoints.Mark(good)).checkpoint.state == run_pb.Checkpoint.STATE_QUARANTINED
-        body = next((service.home / "loops").rglob(f"{name}/tensors.safetensors"))
+        body = next((service.home / "runs").rglob(f"{name}/tensors.safetensors"))
         verified = await service.checkpoints.Verify(checkpoint_pb.VerifyRequest(name=saved.name))
         assert verified.size_bytes > body.stat().st_size
         body.write_bytes(body.read_bytes()[:-1] + b"\xff")
@@ -459,6 +459,20 @@ async def test_a_loop_that_does_not_say_hello_is_refused(service: Service) -> No
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stream.read()
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_folder_that_a_loop_names_is_never_followed_out_of_the_state_folder(
+    service: Service, tmp_path: Path
+) -> None:
+    async with looping(service, home=tmp_path / "elsewhere"):
+        await _known(service)
+        await service.until(lambda run: run.step > 30)
+        name = next(iter((await service.listed()).values())).name
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.checkpoints.Verify(checkpoint_pb.VerifyRequest(name=name))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "another state folder" in (caught.value.details() or "")
+        assert not (service.home / "runs/loop/checkpoints").exists()
 
 
 async def test_only_what_is_good_is_exported(service: Service) -> None:

@@ -62,7 +62,7 @@ async def main() -> None:
             def spawn(work: Awaitable[None]) -> None:
                 group.create_task(work)  # type: ignore[arg-type]  # always a coroutine
 
-            runs = Runs(Shared(store, Hub(), controller, clock, spawn), home)
+            runs = Runs(Shared(home, store, Hub(), controller, clock, spawn))
             closing = asyncio.Event()  # after `stopping`: the children say goodbye over their open streams first
             room = GrpcRoom(closing, keys)
             children = Children(home, settings.trainer_address, clock, settings.trainer.child_threads)

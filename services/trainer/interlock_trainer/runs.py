@@ -6,7 +6,6 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from interlock.api.trainer.v1 import run_service_pb2 as pb
@@ -46,9 +45,8 @@ class Spec:
 class Runs:
     """The sessions by run id."""
 
-    def __init__(self, shared: Shared, home: Path) -> None:
+    def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._home = home
         self._sessions: dict[str, Session] = {}
         self.hub = shared.hub
 
@@ -85,7 +83,7 @@ class Runs:
             raise AlreadyExists(
                 f"run {spec.run!r} exists", reason="RUN_EXISTS", field="run_id", metadata={"run": spec.run}
             )
-        folder = self._home / "runs" / spec.run
+        folder = self._shared.home / "runs" / spec.run
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / SPEC_FILE, json.dumps(plain(spec)).encode())
         row = RunRow(

@@ -46,8 +46,9 @@ Spawn = Callable[[Awaitable[None]], None]
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What every session of a service uses."""
+    """What every session of a service uses. `home` is the state folder: the only place where files of runs are touched from here."""
 
+    home: Path
     store: TrainerStore
     hub: Hub
     controller: Controller
@@ -398,13 +399,18 @@ class Session:
 
     def _delete_what_is_left(self) -> None:
         """Orders to delete that came too late for the loop are carried out here, where its folder is on this machine."""
-        folder = Path(self.row.checkpoint_folder)
+        checkpoints = self.local_checkpoints()
         for body in self._store.open_orders(self.run):
             order = wire.order_value(loop_pb.Order.FromString(body))
-            if isinstance(order, terms.DeleteOrder) and folder.is_dir():
+            if isinstance(order, terms.DeleteOrder) and checkpoints is not None:
                 for checkpoint in order.checkpoints:
-                    CheckpointStore(folder).delete(checkpoint)
+                    checkpoints.delete(checkpoint)
                 self._store.finish_order(self.run, order.order)
+
+    def local_checkpoints(self) -> CheckpointStore | None:
+        """The run's checkpoints, if they lie in this service's own state folder; a path that a loop names is never followed elsewhere."""
+        own = (self._shared.home / "runs" / self.run / "checkpoints").resolve()
+        return CheckpointStore(own) if self.row.checkpoint_folder == str(own) and own.is_dir() else None
 
     # --- what commands do ---
 

@@ -16,9 +16,18 @@ if TYPE_CHECKING:
     from interlock.training.data import Batches
     from interlock.training.run import Boundary, Run
     from interlock.training.session import ServeSpec, attach
+    from interlock.training.verify import Verification, verify_resume
 
-__all__ = ["Batches", "Boundary", "Run", "ServeSpec", "attach"]
-_WHERE = {"attach": "session", "ServeSpec": "session", "Batches": "data", "Run": "run", "Boundary": "run"}
+__all__ = ["Batches", "Boundary", "Run", "ServeSpec", "Verification", "attach", "verify_resume"]
+_WHERE = {
+    "attach": "session",
+    "ServeSpec": "session",
+    "Batches": "data",
+    "Run": "run",
+    "Boundary": "run",
+    "Verification": "verify",
+    "verify_resume": "verify",
+}
 
 
 def __getattr__(name: str) -> Any:

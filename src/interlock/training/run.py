@@ -153,6 +153,11 @@ class Run:
             raise InvalidArgument(result.error, reason="UNKNOWN_FAULT", field="name")
 
     @property
+    def parts(self) -> Parts:
+        """What the run is made of; for tools beside it, not for loops."""
+        return self._parts
+
+    @property
     def supervisor(self) -> Supervisor:
         """Who judges this run."""
         return self._parts.supervisor

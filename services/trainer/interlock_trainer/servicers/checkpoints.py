@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 from interlock.api.trainer.v1 import checkpoint_service_pb2 as pb
@@ -13,7 +12,6 @@ from interlock.core import names
 from interlock.core.recovery import CheckpointState
 from interlock.errors import DataLoss, FailedPrecondition, InvalidArgument
 from interlock.runtime.access import Keys, actor_of
-from interlock.stores.checkpoints import CheckpointStore
 from interlock.training import terms, wire
 from interlock_trainer.runs import Runs
 from interlock_trainer.session import Session
@@ -66,9 +64,15 @@ class CheckpointServicer(pb_grpc.CheckpointServiceServicer):
         """Reads every byte; damage quarantines the checkpoint."""
         session, checkpoint = self._find(request.name)
         info = session.info(checkpoint)
-        folder = Path(session.row.checkpoint_folder)
+        checkpoints = session.local_checkpoints()
+        if checkpoints is None:
+            raise FailedPrecondition(
+                f"the checkpoints of run {session.run} lie on another machine, or in another state folder than this trainer's",
+                reason="CHECKPOINTS_ELSEWHERE",
+                metadata={"folder": session.row.checkpoint_folder},
+            )
         try:
-            manifest = await asyncio.to_thread(CheckpointStore(folder).verify, checkpoint)
+            manifest = await asyncio.to_thread(checkpoints.verify, checkpoint)
         except DataLoss as error:
             session.mark(checkpoint, CheckpointState.QUARANTINED, error.message)
             raise
