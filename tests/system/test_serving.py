@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import json
 import shutil
 import subprocess
@@ -92,6 +93,9 @@ def test_reload_version_and_rollback(tmp_path: Path) -> None:
         assert "version 1" in explained
         receipt = json.loads(rooms.cli("swap", "receipt", last_swap(rooms), "--json").stdout)
         assert (receipt["state"], str(receipt["failed_count"])) == ("COMPLETED", "0")
+        rooms.cli("swap", "create", MODEL, "2", "--reason", "drill")
+        by_hand = json.loads(rooms.cli("swap", "receipt", last_swap(rooms), "--json").stdout)
+        assert (by_hand["actor"], by_hand["reason"]) == (getpass.getuser(), "drill")
 
 
 def last_swap(rooms: Rooms) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -25,14 +26,26 @@ def key_for(settings: settings_module.Settings) -> str:
         return ""
 
 
+def connect(settings: settings_module.Settings) -> AdminClient:
+    """A client of these settings' rooms, with this user's name for the history."""
+    return AdminClient(
+        settings.controller_address, trainer=settings.trainer_address, key=key_for(settings), actor=_user()
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return f"uid {os.getuid()}"
+
+
 def with_admin(work: Callable[[AdminClient], Awaitable[Any]]) -> Any:
     """Runs `work` with a connected client."""
     settings = settings_module.load()
 
     async def connected() -> Any:
-        async with AdminClient(
-            settings.controller_address, trainer=settings.trainer_address, key=key_for(settings)
-        ) as admin:
+        async with connect(settings) as admin:
             return await work(admin)
 
     return asyncio.run(connected())
@@ -55,6 +68,15 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> None:
     for index, row in enumerate(cells):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.echo(click.style(line, bold=True) if index == 0 else line)
+
+
+def scalar(value: Any) -> str:
+    """One value for a person: floats at four figures, nested objects as `name value` pairs."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {scalar(inner)}" for name, inner in value.items())
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def last(name: str) -> str:

@@ -65,12 +65,16 @@ class AdminClient:
         controller: `host:port` of the controller.
         trainer: `host:port` of the trainer; needed for runs and checkpoints only.
         key: API key with the admin scope; empty where none is required.
+        actor: who is at work, for the history; a key's own name wins over it.
     """
 
-    def __init__(self, controller: str = "127.0.0.1:8003", *, trainer: str = "127.0.0.1:8002", key: str = "") -> None:
+    def __init__(
+        self, controller: str = "127.0.0.1:8003", *, trainer: str = "127.0.0.1:8002", key: str = "", actor: str = ""
+    ) -> None:
         self._controller_address = controller
         self._trainer_address = trainer
         self._caller = Caller(key)
+        self._actor = actor
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -96,7 +100,7 @@ class AdminClient:
         await self._stack.aclose()
 
     async def _call(self, method: Any, request: Any, *, timeout: float = _SHORT, idempotent: bool = False) -> Any:
-        return await self._caller.unary(method, request, timeout=timeout, idempotent=idempotent)
+        return await self._caller.unary(method, request, timeout=timeout, idempotent=idempotent, actor=self._actor)
 
     # --- models -----------------------------------------------------------------------------------------------------------------
 

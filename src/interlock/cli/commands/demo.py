@@ -76,9 +76,7 @@ async def _play(settings: settings_module.Settings) -> int:
         with Stage(console) as stage:
             supervisor = Supervisor(settings, rooms_of(settings), lambda room, what: stage.say(f"{room:<11} {what}"))
             supervisor.stopping = stopping
-            async with AdminClient(
-                settings.controller_address, trainer=settings.trainer_address, key=shared.key_for(settings)
-            ) as admin:
+            async with shared.connect(settings) as admin:
                 story, broken = await _perform(supervisor, settings, admin, stage)
         if story is not None:
             summary(console, story, broken, str(settings.home))

@@ -10,7 +10,6 @@ import click
 
 from interlock.cli import console
 from interlock.cli.supervisor import is_healthy, rooms_of
-from interlock.client.admin import AdminClient
 from interlock.errors import InterlockError
 from interlock.runtime import settings as settings_module
 
@@ -29,9 +28,7 @@ async def collect(settings: settings_module.Settings) -> dict[str, Any]:
         "swaps": [],
         "runs": [],
     }
-    async with AdminClient(
-        settings.controller_address, trainer=settings.trainer_address, key=console.key_for(settings)
-    ) as admin:
+    async with console.connect(settings) as admin:
         for part, room, call in (
             ("models", "controller", admin.models),
             ("swaps", "controller", admin.swaps),

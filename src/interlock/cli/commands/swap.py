@@ -93,9 +93,9 @@ def receipt(swap_id: str, json_: bool) -> None:
     for name, value in document.items():
         if name == "events":
             for event in value:
-                click.echo(f"  {event['time']}  {event['state']:<11} {event['message']}")
+                click.echo(f"  {event['time'][:23]}  {event['state']:<11} {event['message']}")
         elif value not in ("", 0, [], "0"):
-            click.echo(f"{name:<30} {value}")
+            click.echo(f"{name:<30} {console.scalar(value)}")
     click.echo(f"{'failed_count':<30} {document['failed_count']}")
 
 
