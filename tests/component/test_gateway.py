@@ -240,6 +240,11 @@ async def test_with_keys_every_verb_needs_its_scope(tmp_path: Path) -> None:
                 await w.http.post("/v2/models/policy/infer", json=ROW, headers={"x-api-key": keys[held]})
             ).status_code == 200
         assert (await w.http.get("/version", headers={"x-api-key": keys[Scope.INFER]})).status_code == 503
+        probe = {"model": "policy", "run_inference": "true"}
+        assert (await w.http.get("/health/llm", params=probe)).status_code == 401  # it would cost compute
+        assert (
+            await w.http.get("/health/llm", params=probe, headers={"x-api-key": keys[Scope.INFER]})
+        ).status_code == 200
 
 
 def inventory(home: Path) -> list[tuple[str, str, Scope]]:

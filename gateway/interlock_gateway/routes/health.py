@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import prometheus_client
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -19,7 +19,7 @@ from interlock.core import names
 from interlock.errors import InterlockError, NotFound
 from interlock.runtime.access import Scope
 from interlock.runtime.arrays import LENGTH, NUMPY_TYPES
-from interlock_gateway.dependencies import Up, needs
+from interlock_gateway.dependencies import Needs, Up, needs
 from interlock_gateway.reload_words import reload_state
 from interlock_gateway.upstreams import Upstreams
 
@@ -96,8 +96,10 @@ async def ready(up: Up) -> JSONResponse:
 
 
 @router.get("/health/llm", dependencies=PUBLIC)
-async def one_model(up: Up, model: str, run_inference: bool = False) -> JSONResponse:
-    """One model; with `run_inference` it is asked for a real prediction through its warm-up input."""
+async def one_model(request: Request, up: Up, model: str, run_inference: bool = False) -> JSONResponse:
+    """One model; with `run_inference` it is asked for a real prediction of zeros, which needs the infer scope like any prediction."""
+    if run_inference:
+        Needs(Scope.INFER)(request)
     state = await _replica(up)
     slot = (
         next((s for s in state.slots if names.parse_version(s.version)[0] == model and s.state == SERVING), None)
