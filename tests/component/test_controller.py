@@ -395,6 +395,13 @@ def _create(**spec: Any) -> swap_service_pb2.CreateSwapRequest:
     [
         ("swap", "GetSwap", swap_service_pb2.GetSwapRequest(name="swaps/none"), NotFound, "SWAP_NOT_FOUND"),
         ("swap", "GetSwap", swap_service_pb2.GetSwapRequest(name="none"), InvalidArgument, "INVALID_NAME"),
+        (
+            "swap",
+            "ListSwaps",
+            swap_service_pb2.ListSwapsRequest(page_token="none"),
+            InvalidArgument,
+            "INVALID_PAGE_TOKEN",
+        ),
         ("swap", "CreateSwap", _create(candidate_version="models/policy"), InvalidArgument, "INVALID_NAME"),
         ("swap", "CreateSwap", _create(candidate_version="models/none/versions/1"), NotFound, "MODEL_NOT_FOUND"),
         ("swap", "CreateSwap", _create(candidate_version="models/policy/versions/9"), NotFound, "VERSION_NOT_FOUND"),

@@ -9,7 +9,7 @@ from interlock.api.controller.v1 import swap_service_pb2 as pb
 from interlock.api.controller.v1 import swap_service_pb2_grpc as rpc
 from interlock.core import names
 from interlock.core.swap import Event, Swap
-from interlock.errors import InterlockError
+from interlock.errors import InterlockError, InvalidArgument
 from interlock.runtime.access import Keys, actor_of
 from interlock.runtime.telemetry import current_traceparent
 from interlock.stores.controller import ControllerStore
@@ -59,6 +59,10 @@ class SwapServicer(rpc.SwapServiceServicer):
     async def ListSwaps(self, request: pb.ListSwapsRequest, _context: Any) -> pb.ListSwapsResponse:
         """Newest first; the page token is the last swap's id."""
         model = names.parse_model(request.model) if request.model else ""
+        if request.page_token and self._store.swap(request.page_token) is None:
+            raise InvalidArgument(
+                "page_token: is not one that an earlier answer gave", reason="INVALID_PAGE_TOKEN", field="page_token"
+            )
         size = min(request.page_size or PAGE_SIZE, PAGE_SIZE_MAX)
         found = self._store.swaps(model, limit=size + 1, before=request.page_token)
         page = found[:size]
