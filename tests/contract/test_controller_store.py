@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -347,3 +348,32 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataLoss) as caught:
         SqliteControllerStore(tmp_path / "c.db")
     assert "c.db" in caught.value.message
+
+
+def test_routes_are_a_register_for_any_number_of_writers(tmp_path: Path) -> None:
+    """Four connections race for the same route: every epoch is written by exactly one of them, none is skipped."""
+    SqliteControllerStore(tmp_path / "c.db").close()
+    won: dict[int, str] = {}
+    lost: list[int] = []
+
+    def race(name: str) -> None:
+        store = SqliteControllerStore(tmp_path / "c.db")
+        for _ in range(50):
+            seen = store.route("policy").epoch
+            try:
+                route = store.set_route("policy", seen, all_to("1"), name, 1.0)
+            except Aborted:
+                lost.append(seen)
+                continue
+            assert route.epoch not in won
+            won[route.epoch] = name
+        store.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(race, f"w{n}") for n in range(4)]:
+            done.result()
+    store = SqliteControllerStore(tmp_path / "c.db")
+    assert sorted(won) == list(range(1, store.route("policy").epoch + 1))
+    assert [e.facts["by"] for e in store.outbox(1000)] == [won[n] for n in sorted(won)]
+    assert len(won) + len(lost) == 200
+    store.close()
