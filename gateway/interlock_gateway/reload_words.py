@@ -62,3 +62,9 @@ def reload_state(model: str, swap: Any | None) -> dict[str, Any]:
         "completed_at": swap.end_time.ToJsonString() if swap.HasField("end_time") else None,
         "error": error,
     }
+
+
+def served_already(model: str, message: str) -> dict[str, Any]:
+    """The body of a reload that had nothing to do: a script that is run twice succeeds twice."""
+    idle = reload_state(model, None)
+    return {**idle, "state": "completed", "progress_percent": 100.0, "message": message}

@@ -81,6 +81,8 @@ def test_reload_version_and_rollback(tmp_path: Path) -> None:
         assert (answer(http), http.get("/version").json()["version"]) == (1.0, "1")
         assert reload(http, onnx_file(tmp_path, 2.0)).status_code == 200
         assert (answer(http), http.get("/version").json()["version"]) == (2.0, "2")
+        again = reload(http, onnx_file(tmp_path, 2.0))
+        assert (again.status_code, again.json()["success"], again.json()["swap"]) == (200, True, None)
         status = http.get(f"/health/llm/reload/{MODEL}").json()
         assert (status["state"], status["progress_percent"], status["error"]) == ("completed", 100.0, None)
         assert set(status) == {"model", "state", "progress_percent", "message", "started_at", "completed_at", "error"}

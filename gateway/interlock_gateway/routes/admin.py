@@ -16,7 +16,7 @@ from interlock.core import names
 from interlock.errors import FailedPrecondition, InvalidArgument, NotFound
 from interlock.runtime.access import Principal, Scope
 from interlock_gateway.dependencies import Up, needs
-from interlock_gateway.reload_words import ENDED, reload_state, state_name
+from interlock_gateway.reload_words import ENDED, reload_state, served_already, state_name
 from interlock_gateway.upstreams import Upstreams
 
 router = APIRouter(tags=["admin"])
@@ -66,9 +66,13 @@ async def reload(request: Request, up: Up, body: Reload | None = None, principal
     spec = swap_pb.SwapSpec(candidate_version=version)
     if body.drain_seconds is not None:
         spec.drain_timeout.FromNanoseconds(int(body.drain_seconds * 1e9))
-    answer = await up.call(
-        up.swaps.CreateSwap, swap_pb.CreateSwapRequest(change=change, spec=spec), actor=principal.name
-    )
+    asked = swap_pb.CreateSwapRequest(change=change, spec=spec)
+    try:
+        answer = await up.call(up.swaps.CreateSwap, asked, actor=principal.name)
+    except FailedPrecondition as error:
+        if error.reason != "ALREADY_STABLE":
+            raise
+        return JSONResponse({"success": True, "swap": None, "version": version, **served_already(model, error.message)})
     return await _outcome(up, model, answer.swap, body.wait)
 
 
