@@ -44,11 +44,14 @@ class FakeController(rollback_grpc.RollbackServiceServicer):
 
     def __init__(self) -> None:
         self.pause = False
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.asked: list[run_pb.Rollback] = []
         self.reported: list[run_pb.Rollback] = []
 
     async def DecideRollback(self, request: Any, context: Any) -> Any:
         self.asked.append(request.proposed)
+        await self.answers.wait()
         decision = run_pb.Rollback()
         decision.CopyFrom(request.proposed)
         if self.pause:
@@ -323,6 +326,56 @@ async def test_the_service_dies_the_loop_trains_on_and_nothing_is_lost(tmp_path:
         assert loop.attached.step == records[-1].step
     finally:
         await again.stop()
+
+
+async def test_a_service_that_dies_between_decision_and_order_orders_after_its_restart(
+    tmp_path: Path, controller: FakeController
+) -> None:
+    """The decision is on disk before the controller is asked; the next service asks again under the same id, and rolls back once."""
+    controller.answers.clear()
+    service = await Service(tmp_path / "home", controller.address).start()  # type: ignore[attr-defined]
+    loop = Loop(service)
+    loop.start()
+    await _known(service)
+    await service.until(lambda run: run.step > 50)
+    loop.bad.set()
+    async with asyncio.timeout(10):
+        while not controller.asked:
+            await asyncio.sleep(0.01)
+    await service.stop()
+    controller.answers.set()
+    again = await Service(tmp_path / "home", controller.address, port=service.port).start()  # type: ignore[attr-defined]
+    try:
+        await again.until(lambda run: run.attempt == 2 and run.state == run_pb.Run.STATE_RUNNING)
+        assert {asked.rollback_id for asked in controller.asked} == {"loop-rollback-2"}
+        (row,) = again.store.rollbacks("loop")
+        assert (row.state, row.decided_by) == ("completed", "controller")
+        assert loop.attached is not None
+        loop.attached._stopping = True
+        await loop.ended()
+        assert loop.attached.attempt == 2
+    finally:
+        await again.stop()
+
+
+async def test_a_damaged_target_is_set_aside_and_the_next_good_one_is_taken(service: Service) -> None:
+    async with looping(service) as loop:
+        await _known(service)
+        await service.until(lambda run: run.step > 90)
+        await service.run.PauseRun(run_pb.PauseRunRequest(name="runs/loop"))
+        await service.stands()
+        good = [item for item in (await service.listed()).values() if item.state == run_pb.Checkpoint.STATE_GOOD]
+        youngest = good[0].name.rsplit("/", 1)[1]
+        body = next((service.home / "runs").rglob(f"{youngest}/tensors.safetensors"))
+        body.write_bytes(body.read_bytes()[:-1] + b"\x55")
+        loop.bad.set()
+        await service.run.ResumeRun(run_pb.ResumeRunRequest(name="runs/loop"))
+        run = await service.until(lambda run: run.attempt == 3 and run.state == run_pb.Run.STATE_RUNNING)
+        first, second = service.store.rollbacks("loop")
+        assert (first.rollback.checkpoint, first.state) == (youngest, "failed")
+        assert (second.rollback.checkpoint, second.state) == (good[1].name.rsplit("/", 1)[1], "completed")
+        assert (body.parents[1] / "damaged" / youngest).is_dir()
+        assert run.rollback_count == 2
 
 
 async def test_checkpoints_are_saved_pinned_marked_and_verified(service: Service) -> None:
