@@ -497,6 +497,27 @@ async def test_swaps_under_load_fail_nothing(served: Remote) -> None:
     assert len(answers) > 50
 
 
+async def test_models_do_not_touch_each_other(served: Remote) -> None:
+    """REQUIREMENTS S4: several models at once, each with its own epochs, health and failures."""
+    await served.load("7", model="value")
+    await served.route(40, "7", model="value")
+    await served.route(2, model="policy")
+    await served.drain("1")
+    await served.release("1")
+    request = infer_request()
+    with pytest.raises(Unavailable):
+        await infer(served, request)
+    request.model_name = "value"
+    answer = await infer(served, request)
+    assert (answer.model_version, answer.parameters["interlock-epoch"].int64_param) == ("7", 40)
+    assert await health_of(served, "models/value") == health_pb2.HealthCheckResponse.SERVING
+    assert await health_of(served, "models/policy") == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert {(route.model, route.epoch) for route in (await served.state()).routes} == {
+        ("models/policy", 2),
+        ("models/value", 40),
+    }
+
+
 async def test_watch_state_sends_the_state_now_and_after_each_change(served: Remote) -> None:
     watch = served.runtime.WatchState(pb.WatchStateRequest())
     first = (await watch.read()).state
