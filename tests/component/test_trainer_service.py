@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from interlock.api.controller.v1 import rollback_service_pb2 as rollback_pb
 from interlock.api.controller.v1 import rollback_service_pb2_grpc as rollback_grpc
@@ -449,6 +450,19 @@ async def test_a_watch_sends_the_snapshot_then_changes_and_ends(service: Service
         assert kinds.count("rollback") >= 2
         assert "checkpoint" in kinds
         assert (await service.get()).state == run_pb.Run.STATE_COMPLETED
+
+
+async def test_the_operations_plans_metrics_are_there_under_their_names(service: Service) -> None:
+    loop = Loop(service, name="measured", until=60)
+    loop.start()
+    await loop.ended()
+    sample = REGISTRY.get_sample_value
+    assert sample("rl_update_total", {"run": "measured"}) == 60
+    assert sample("rl_kl_divergence", {"run": "measured"}) == 0.01
+    assert sample("rl_reward", {"run": "measured"}) == 59
+    assert sample("interlock_run_step", {"run": "measured"}) == 60
+    assert (sample("interlock_guard_verdicts_total", {"run": "measured", "outcome": "pass"}) or 0) > 30
+    assert (sample("interlock_checkpoints_total", {"run": "measured", "state": "good"}) or 0) >= 2
 
 
 async def test_a_drill_that_nobody_knows_is_refused(service: Service) -> None:

@@ -31,7 +31,6 @@ from interlock.stores import artifacts
 from interlock.stores.artifacts import ModelSpec, TensorSpec
 from interlock.stores.checkpoints import Loaded
 from interlock.training.capture import Stateful, as_tensor, random_states, set_random_states
-from interlock.training.run import Exporter
 from interlock.training.terms import CheckpointInfo, Result
 from interlock.training.tree import unpack
 
@@ -49,7 +48,7 @@ MAX_ABS_ERROR = 1e-3
 OPSET = 18
 
 
-class OnnxExporter(Exporter):
+class OnnxExporter:
     """Exports one module of one run. `components` says where in a checkpoint the module's weights lie."""
 
     def __init__(

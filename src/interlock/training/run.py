@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import structlog
 import torch
@@ -51,15 +51,17 @@ class Boundary(StrEnum):
     STOP = "stop"
 
 
-class Exporter:
-    """Port of the export: writes an artifact from a loaded checkpoint; see `export.OnnxExporter`."""
+class Exporter(Protocol):
+    """Writes a servable artifact from a checkpoint; `export.OnnxExporter` does."""
 
-    in_background = True
-    """Whether `export` may run in a thread beside the training."""
+    @property
+    def in_background(self) -> bool:
+        """Whether `export` may run in a thread beside the training."""
+        ...
 
     def export(self, loaded: Loaded, info: CheckpointInfo) -> Result:
         """Writes and verifies; raises InterlockError."""
-        raise NotImplementedError
+        ...
 
 
 @dataclass(slots=True)
