@@ -21,6 +21,7 @@ from interlock.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     InterlockError,
+    Internal,
     InvalidArgument,
     NotFound,
     ResourceExhausted,
@@ -388,6 +389,24 @@ async def test_loads_that_fail_leave_the_served_version_alone(world: World) -> N
         assert await world.replica.release("policy", wanted.version)
         assert not await world.replica.release("policy", wanted.version)
     assert (await world.plane.infer(call())).slot.version == "1"
+
+
+async def test_a_loader_that_breaks_breaks_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.load("1")
+    await world.route(1, "1")
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("interlock_inference.repository.open_artifact", broken)
+        with pytest.raises(Internal) as crashed:
+            async for _ in world.replica.prepare(Wanted("policy", "2", world.artifact("2"))):
+                pass
+    assert crashed.value.reason == "LOAD_CRASHED"
+    assert "secret" not in crashed.value.message
+    assert (await world.plane.infer(call())).slot.version == "1"
+    await world.load("2")
 
 
 async def test_one_load_for_many_askers_and_none_for_those_who_left(world: World) -> None:
