@@ -17,12 +17,12 @@ from interlock.core.route import Route, all_to
 from interlock.core.swap import Event, State, Swap, SwapSpec
 from interlock.core.swap_plan import Slot, SlotState, Snapshot, act
 from interlock.errors import FailedPrecondition, InvalidArgument, NotFound
+from interlock.runtime.changed import Changed
 from interlock.stores import artifacts
 from interlock.stores.controller import Origin, RollbackRow, VersionRow
 from interlock.stores.files import ModelRepository
 from interlock_controller import story
 from interlock_controller.announcer import Announcer
-from interlock_controller.changed import Changed
 from interlock_controller.fleet import Fleet
 from interlock_controller.reconciler import Reconciler
 from interlock_controller.registry import parse_uri

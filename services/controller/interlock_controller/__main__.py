@@ -18,6 +18,7 @@ from interlock.api.controller.v1 import (
 )
 from interlock.runtime import lifecycle, logging, settings
 from interlock.runtime.access import Keys
+from interlock.runtime.changed import Changed
 from interlock.runtime.channels import Caller
 from interlock.runtime.clock import SystemClock
 from interlock.runtime.lifecycle import GrpcRoom
@@ -27,7 +28,6 @@ from interlock.runtime.telemetry import telemetry
 from interlock.stores.controller_sqlite import SqliteControllerStore
 from interlock.stores.files import ModelRepository
 from interlock_controller.announcer import Announcer
-from interlock_controller.changed import Changed
 from interlock_controller.fleet import Fleet
 from interlock_controller.promoter import Promoter
 from interlock_controller.reconciler import Reconciler

@@ -9,9 +9,9 @@ import sqlite3
 
 import structlog
 
+from interlock.runtime.changed import Changed
 from interlock.stores.controller import ControllerStore, OutboxEntry
 from interlock_controller import metrics
-from interlock_controller.changed import Changed
 
 _log = structlog.get_logger(__name__)
 

@@ -14,8 +14,8 @@ import structlog
 from interlock.core.ports import Clock
 from interlock.core.swap_plan import Replica
 from interlock.errors import InterlockError
+from interlock.runtime.changed import Changed
 from interlock_controller import metrics
-from interlock_controller.changed import Changed
 from interlock_controller.replicas import ReplicaClient, View
 
 RECONNECT_SECONDS_MIN, RECONNECT_SECONDS_MAX = 0.1, 1.0

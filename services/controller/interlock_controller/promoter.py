@@ -17,8 +17,8 @@ from interlock.core.promotion import PROMOTER, Contender, Hold, PromotionPolicy,
 from interlock.core.swap import Concurrency, State, SwapSpec
 from interlock.errors import InterlockError
 from interlock.runtime import telemetry
+from interlock.runtime.changed import Changed
 from interlock.stores.controller import CheckpointRow, ControllerStore, PromotionRow, Request
-from interlock_controller.changed import Changed
 from interlock_controller.registry import Registry
 from interlock_controller.swaps import Swaps
 from interlock_controller.trainer import TrainerClient, Update

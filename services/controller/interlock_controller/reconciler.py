@@ -20,11 +20,11 @@ from interlock.core.ports import Clock
 from interlock.core.swap import WORKING, Ack, Admission, Event, Failure, State, Swap, record, resume
 from interlock.core.swap_plan import Admit, ApplyRoute, Decision, ReplicaCommand, Snapshot, WriteReceipt
 from interlock.errors import Aborted, InterlockError, NotFound
-from interlock.runtime import telemetry
+from interlock.runtime import failpoints, telemetry
+from interlock.runtime.changed import Changed
 from interlock.stores.controller import ControllerStore
 from interlock.stores.files import ModelRepository
-from interlock_controller import failpoints, metrics
-from interlock_controller.changed import Changed
+from interlock_controller import metrics
 from interlock_controller.fleet import Fleet
 from interlock_controller.watchdog import Watchdog
 
@@ -199,10 +199,10 @@ class Reconciler:
         after = decision.swap
         entered = after.state is not before.state
         if entered:
-            failpoints.reached(after.state.value, "before_persist")
+            failpoints.reached(f"controller.{after.state}", "before_persist", default="after_persist")
         self._store.write_swap(before, decision, self._clock.now())
         if entered:
-            failpoints.reached(after.state.value, "after_persist")
+            failpoints.reached(f"controller.{after.state}", "after_persist", default="after_persist")
         self.changed.fire()
 
     def tell(self, swap: Swap, event: Event, message: str, reason: str = "") -> Swap:

@@ -10,10 +10,10 @@ from urllib.parse import unquote, urlsplit
 from interlock.core import names
 from interlock.core.ports import Clock
 from interlock.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from interlock.runtime.changed import Changed
 from interlock.stores.artifacts import ModelSpec
 from interlock.stores.controller import ControllerStore, Origin, Request, VersionRow
 from interlock.stores.files import Incoming, ModelRepository
-from interlock_controller.changed import Changed
 
 
 class Registry:

@@ -15,8 +15,8 @@ from interlock.core.lineage import CheckpointNode
 from interlock.core.ports import Clock
 from interlock.core.swap import Swap
 from interlock.errors import InterlockError
+from interlock.runtime.changed import Changed
 from interlock.stores.controller import CheckpointRow, ControllerStore, RollbackRow
-from interlock_controller.changed import Changed
 from interlock_controller.swaps import Swaps
 
 _log = structlog.get_logger(__name__)

@@ -17,8 +17,8 @@ from interlock.core.route import Route, Weight, check_weights
 from interlock.core.swap import Concurrency, Event, State, Swap, SwapSpec, check_spec, legal, superseded_by
 from interlock.core.swap_plan import Decision, SwapReceipt, act
 from interlock.errors import Aborted, FailedPrecondition, InterlockError, NotFound
+from interlock.runtime import failpoints
 from interlock.stores.controller import ControllerStore, Request, VersionRow
-from interlock_controller import failpoints
 from interlock_controller.reconciler import Reconciler
 
 HISTORY = 100
@@ -142,9 +142,9 @@ class Swaps:
             (other, act(self._reconciler.snapshot(other), Event.SUPERSEDE, now, f"by swap {swap.id}", "SUPERSEDED"))
             for other in ends
         )
-        failpoints.reached(State.PENDING.value, "before_persist")
+        failpoints.reached(f"controller.{State.PENDING}", "before_persist", default="after_persist")
         created = self._store.create_swap(swap, request, ended)
-        failpoints.reached(State.PENDING.value, "after_persist")
+        failpoints.reached(f"controller.{State.PENDING}", "after_persist", default="after_persist")
         self._reconciler.changed.fire()
         return created
 

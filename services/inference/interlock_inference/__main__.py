@@ -19,13 +19,13 @@ from interlock.api.inference.v1 import (
     text_service_pb2_grpc,
 )
 from interlock.api.oip import rpc
-from interlock.runtime import channels, lifecycle, logging, settings
+from interlock.runtime import channels, failpoints, lifecycle, logging, settings
 from interlock.runtime.access import Keys
 from interlock.runtime.clock import SystemClock
 from interlock.runtime.metrics import metrics_server
 from interlock.runtime.settings import Settings
 from interlock.runtime.telemetry import telemetry
-from interlock_inference import audit, failpoint, health
+from interlock_inference import audit, health
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.bridge import ControllerAdmin
 from interlock_inference.dataplane import DataPlane
@@ -72,7 +72,7 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
             tasks,
             options=options,
             warmup_iterations=own.warmup_iterations,
-            failpoint=failpoint.reached,
+            failpoint=failpoints.reached,
             released=counted.forget,
         )
         stack.callback(replica.close)

@@ -25,10 +25,10 @@ import structlog
 from interlock.core.ports import Clock
 from interlock.core.route import Route, admit, stale_epoch
 from interlock.errors import AlreadyExists, FailedPrecondition, InterlockError, Internal, NotFound
+from interlock.runtime.changed import Changed
 from interlock.stores import golden
 from interlock_inference import compare, repository
 from interlock_inference.assignment import Assigned, AssignedModel, Assignment, AssignmentFile
-from interlock_inference.changed import Changed
 from interlock_inference.compare import Comparison
 from interlock_inference.dataplane import run_now
 from interlock_inference.engines import Array, made_up_inputs
@@ -264,7 +264,7 @@ class Replica:
             self.changed.fire()
 
     def _open(self, slot: Slot, wanted: Wanted, progress: repository.Progress) -> Opened:
-        self._failpoint("load", slot.version)
+        self._failpoint("inference.load", slot.version)
         return repository.open_artifact(repository.parse_uri(slot.artifact_uri), wanted.digest, self._options, progress)
 
     def _progress(self, load: Load, percent: float, message: str) -> None:
@@ -344,7 +344,7 @@ class Replica:
     def _run_warm(self, slot: Slot, work: Sequence[Mapping[str, Array]]) -> list[float]:
         timings = []
         for inputs in work:
-            self._failpoint("warm", slot.version)
+            self._failpoint("inference.warm", slot.version)
             start = time.perf_counter()
             run_now(slot, inputs, slot.output_names)
             timings.append(time.perf_counter() - start)
@@ -449,7 +449,7 @@ class Replica:
             assigned = AssignedModel(route, stable_version, updated_at, self._assigned(route))
             models = {**self._assignment.models, route.model: assigned}
             await self._remember(Assignment(token, models))
-            self._failpoint("switch", ",".join(route.versions()))
+            self._failpoint("inference.switch", ",".join(route.versions()))
             left = self._switch(route)
         seconds = self._clock.monotonic() - start
         num_in_flight = sum(slot.in_flight for slot in left)
@@ -494,7 +494,7 @@ class Replica:
             return Drained(0, (), 0)
         slot.move(SlotState.DRAINING)
         self.changed.fire()
-        self._failpoint("drain", version)
+        self._failpoint("inference.drain", version)
         drained = await slot.drain(self._clock, timeout_seconds)
         self.changed.fire()
         _log.info("drained", version=slot.name, num_drained=drained.num_drained, num_cut=drained.num_cut)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -68,6 +68,16 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> None:
     for index, row in enumerate(cells):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.echo(click.style(line, bold=True) if index == 0 else line)
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Training runs, one a line."""
+    columns = ("recipe", "state", "step", "attempt", "rollback_count", "message")
+    rows = [
+        (last(r["name"]), *((r[column] or ("own loop" if column == "recipe" else r[column])) for column in columns))
+        for r in runs
+    ]
+    table(rows, ("RUN", "RECIPE", "STATE", "STEP", "ATTEMPT", "ROLLBACKS", "MESSAGE"))
 
 
 def scalar(value: Any) -> str:

@@ -9,9 +9,9 @@ from interlock.api.controller.v1 import route_service_pb2 as pb
 from interlock.api.controller.v1 import route_service_pb2_grpc as rpc
 from interlock.core import names
 from interlock.runtime.access import Keys, actor_of
+from interlock.runtime.changed import Changed
 from interlock.stores.controller import ControllerStore
 from interlock_controller import convert
-from interlock_controller.changed import Changed
 from interlock_controller.swaps import Swaps
 
 

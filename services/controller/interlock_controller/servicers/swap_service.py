@@ -11,10 +11,10 @@ from interlock.core import names
 from interlock.core.swap import Event, Swap
 from interlock.errors import InterlockError, InvalidArgument
 from interlock.runtime.access import Keys, actor_of
+from interlock.runtime.changed import Changed
 from interlock.runtime.telemetry import current_traceparent
 from interlock.stores.controller import ControllerStore
 from interlock_controller import convert
-from interlock_controller.changed import Changed
 from interlock_controller.fleet import Fleet
 from interlock_controller.swaps import Swaps
 

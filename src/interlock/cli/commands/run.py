@@ -87,19 +87,7 @@ def listed(json_: bool) -> None:
     if json_:
         console.show_json(runs)
         return
-    rows = [
-        (
-            console.last(r["name"]),
-            r["recipe"] or "own loop",
-            r["state"],
-            r["step"],
-            r["attempt"],
-            r["rollback_count"],
-            r["message"],
-        )
-        for r in runs
-    ]
-    console.table(rows, ("RUN", "RECIPE", "STATE", "STEP", "ATTEMPT", "ROLLBACKS", "MESSAGE"))
+    console.runs_table(runs)
 
 
 @run.command()

@@ -90,16 +90,4 @@ def _print(document: dict[str, Any]) -> None:
         console.table(rows, ("SWAP", "MODEL", "TO", "STATE", "DONE", "MESSAGE"))
     if document["runs"]:
         click.echo()
-        rows = [
-            (
-                console.last(r["name"]),
-                r["recipe"] or "own loop",
-                r["state"],
-                r["step"],
-                r["attempt"],
-                r["rollback_count"],
-                r["message"],
-            )
-            for r in document["runs"][:10]
-        ]
-        console.table(rows, ("RUN", "RECIPE", "STATE", "STEP", "ATTEMPT", "ROLLBACKS", "MESSAGE"))
+        console.runs_table(document["runs"][:10])
