@@ -21,7 +21,9 @@ __all__ = ["__version__", "attach"]
 
 def __getattr__(name: str) -> Any:
     if name == "attach":
-        from interlock.training import attach
-
+        try:
+            from interlock.training import attach
+        except ModuleNotFoundError as error:
+            raise ImportError(f"interlock.attach needs {error.name}: pip install 'interlock[train]'") from error
         return attach
     raise AttributeError(f"module 'interlock' has no attribute {name!r}")

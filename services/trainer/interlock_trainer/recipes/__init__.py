@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from interlock.core.fields import parse, refuse
-from interlock.errors import InvalidArgument
+from interlock.errors import FailedPrecondition, InvalidArgument
 
 FAULTS = ("learning_rate", "nan", "weights", "reward_sign")
 
@@ -58,6 +59,22 @@ class PpoParameters:
 
 
 RECIPES: Mapping[str, type[Any]] = {"ppo": PpoParameters}
+NEEDS: Mapping[str, tuple[str, ...]] = {"ppo": ("torch", "gymnasium", "safetensors", "onnx", "onnxscript")}
+
+
+def check_installed(recipe: str) -> None:
+    """Refuses a recipe whose packages are not there, before a process is started that could only fail.
+
+    Raises:
+        FailedPrecondition: `RECIPE_NOT_INSTALLED`, naming the packages and the fix.
+    """
+    missing = [name for name in NEEDS[recipe] if find_spec(name) is None]
+    if missing:
+        raise FailedPrecondition(
+            f"recipe {recipe} needs {', '.join(missing)} on the trainer's machine: pip install 'interlock[recipes]'",
+            reason="RECIPE_NOT_INSTALLED",
+            metadata={"recipe": recipe, "missing": ", ".join(missing)},
+        )
 
 
 def check(recipe: str, parameters: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from interlock.runtime.access import Keys, actor_of
 from interlock.stores.trainer import TrainerStore, request_digest
 from interlock.training import terms, wire
 from interlock_trainer.children import Children
-from interlock_trainer.recipes import FAULTS, check
+from interlock_trainer.recipes import FAULTS, check, check_installed
 from interlock_trainer.runs import Runs, Spec
 from interlock_trainer.session import Session, Spawn
 from interlock_trainer.watching import Change
@@ -56,6 +56,7 @@ class RunServicer(pb_grpc.RunServiceServicer):
         if request.max_step_count:
             given["max_steps"] = request.max_step_count
         parameters = plain(check(request.recipe, given))
+        check_installed(request.recipe)
         run = names.check_id(request.run_id or self._runs.new_id(request.recipe), "run_id")
         promotion = wire.promotion_value(request.promotion) if request.HasField("promotion") else None
         return Spec(run, request.recipe, _policy(request), promotion, parameters)

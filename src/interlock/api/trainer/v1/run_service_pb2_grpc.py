@@ -95,7 +95,7 @@ class RunServiceServicer:
 
     def CreateRun(self, request, context):
         """Starts a run of a built-in recipe in a child process. Idempotent by request_id. Errors: INVALID_ARGUMENT (UNKNOWN_RECIPE,
-        INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS). Deadline: 10 s.
+        INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS), FAILED_PRECONDITION (RECIPE_NOT_INSTALLED). Deadline: 10 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,7 @@ class RunServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RunServiceAsyncStub: ...
     CreateRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.CreateRunRequest, _run_service_pb2.CreateRunResponse]
     """Starts a run of a built-in recipe in a child process. Idempotent by request_id. Errors: INVALID_ARGUMENT (UNKNOWN_RECIPE,
-    INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS). Deadline: 10 s.
+    INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS), FAILED_PRECONDITION (RECIPE_NOT_INSTALLED). Deadline: 10 s.
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
     """Reads one run. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
@@ -71,7 +71,7 @@ class RunServiceAsyncStub(RunServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.CreateRunRequest, _run_service_pb2.CreateRunResponse]  # type: ignore[assignment]
     """Starts a run of a built-in recipe in a child process. Idempotent by request_id. Errors: INVALID_ARGUMENT (UNKNOWN_RECIPE,
-    INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS). Deadline: 10 s.
+    INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS), FAILED_PRECONDITION (RECIPE_NOT_INSTALLED). Deadline: 10 s.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]  # type: ignore[assignment]
     """Reads one run. Errors: NOT_FOUND (RUN_NOT_FOUND). Deadline: 5 s."""
@@ -108,7 +108,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.CreateRunResponse, _abc.Awaitable[_run_service_pb2.CreateRunResponse]]:
         """Starts a run of a built-in recipe in a child process. Idempotent by request_id. Errors: INVALID_ARGUMENT (UNKNOWN_RECIPE,
-        INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS). Deadline: 10 s.
+        INVALID_PARAMETER, INVALID_POLICY), ALREADY_EXISTS (RUN_EXISTS), FAILED_PRECONDITION (RECIPE_NOT_INSTALLED). Deadline: 10 s.
         """
 
     @_abc_1.abstractmethod
