@@ -18,7 +18,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from controller_world import ENDED, Controller, a_controller, state_of
+from interlock.api.controller.v1 import swap_service_pb2
 from interlock.api.oip import messages
+from interlock.core.swap import State
 from interlock.errors import InterlockError, Unavailable
 from interlock.runtime.channels import open_channel
 from replica_world import Remote, a_replica
@@ -218,3 +220,60 @@ async def test_killed_again_while_it_takes_over(tmp_path: Path) -> None:
             swap = await create(controller, sound)
             assert state_of((await controller.watch(swap))[-1]) == "COMPLETED"
         assert await final_state(tmp_path, replica) == (2, ["2"], 2)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_killed_in_a_canary(tmp_path: Path, moment: str) -> None:
+    """Each share of a canary is its own epoch; none is skipped or taken twice."""
+    async with a_serving_world(tmp_path) as (replica, _, sound, _broken):
+        _, end = await survive(
+            tmp_path, replica, f"CANARY:{moment}", sound, {"CANARY": "PromoteSwap"},
+            strategy=swap_service_pb2.SwapSpec.STRATEGY_CANARY, canary_percents=[25], canary_step_duration=Duration(seconds=600),
+        )  # fmt: skip
+        assert end == "COMPLETED"
+        assert await final_state(tmp_path, replica) == (3, ["2"], 2)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("verb", "end"), [("AbortSwap", "CANCELLED"), ("RejectSwap", "REJECTED")])
+async def test_killed_while_a_persons_no_is_carried_out(tmp_path: Path, verb: str, end: str, moment: str) -> None:
+    async with a_serving_world(tmp_path) as (replica, load, sound, _broken):
+        _, reached = await survive(tmp_path, replica, f"{end}:{moment}", sound, {"GATED": verb}, approval_required=True)
+        assert reached == end
+        assert await final_state(tmp_path, replica) == (1, ["1"], 2)
+        assert {version for _, version in load.answers} == {"1"}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_killed_while_a_newer_swap_takes_over(tmp_path: Path, moment: str) -> None:
+    """The older swap waits at its gate, the newer one ends it; the controller dies around the write that says so."""
+    async with a_serving_world(tmp_path) as (replica, _, sound, _broken):
+        async with a_process(tmp_path, replica, f"SUPERSEDED:{moment}") as (controller, process):
+            older = (await controller.create(sound, approval_required=True)).name
+            await controller.watch(older, until="GATED")
+            newer = await create(controller, sound, concurrency=swap_service_pb2.SwapSpec.CONCURRENCY_SUPERSEDE)
+            assert await asyncio.wait_for(process.wait(), 30) == -signal.SIGKILL, "the failpoint was never reached"
+        async with a_process(tmp_path, replica) as (controller, _), asyncio.timeout(60):
+            newer = newer or await create(
+                controller, sound, concurrency=swap_service_pb2.SwapSpec.CONCURRENCY_SUPERSEDE
+            )
+            assert state_of((await controller.watch(newer))[-1]) == "COMPLETED"
+            assert state_of((await controller.watch(older))[-1]) == "SUPERSEDED"
+        assert await final_state(tmp_path, replica) == (2, ["2"], 3)
+
+
+def test_every_state_is_killed_in() -> None:
+    """The matrix above is the whole table: a new state needs a new row."""
+    covered = {
+        "PENDING",
+        *FORWARD,
+        "ABORTING",
+        "FAILED",
+        "REVERTING",
+        "REVERTED",
+        "CANARY",
+        "CANCELLED",
+        "REJECTED",
+        "SUPERSEDED",
+    }
+    assert covered == {state.value for state in State}
