@@ -40,7 +40,7 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(_listen(config.host, config.gateway.port))
         await stack.enter_async_context(telemetry("gateway", config.otlp_endpoint))
-        up = await stack.enter_async_context(upstreams(config, keys.internal_key(), clock))
+        up = await stack.enter_async_context(upstreams(config, keys.internal_key(), clock, stopping))
         predictor = Predictor(up, config.gateway.predict_timeout_seconds, config.gateway.default_model)
         site = web.build(config, up, predictor, keys)
         max_body_bytes = config.gateway.max_body_mb << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from interlock.api.trainer.v1.metrics_service_pb2_grpc import MetricsServiceStub
 from interlock.api.trainer.v1.run_service_pb2_grpc import RunServiceStub
 from interlock.core.ports import Clock
 from interlock.runtime.channels import Caller, open_channel
+from interlock.runtime.lifecycle import until
 from interlock.runtime.settings import Settings
 
 CALL_SECONDS = 5.0
@@ -40,6 +42,7 @@ class Upstreams:
     runs: Any
     metrics: Any
     checkpoints: Any
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _signatures: dict[str, tuple[float, Any]] = field(default_factory=dict)
 
     async def call(
@@ -47,6 +50,10 @@ class Upstreams:
     ) -> Any:
         """One call with the gateway's key; see `Caller.unary`."""
         return await self.caller.unary(method, request, timeout=timeout, idempotent=idempotent, actor=actor)
+
+    def watch(self, method: Any, request: Any) -> AsyncIterator[Any]:
+        """A stream without a deadline; it ends when the gateway stops, which an open watch would otherwise hold up."""
+        return until(self.caller.stream(method, request), self.stopping)
 
     async def signature(self, model: str) -> Any:
         """ModelMetadata of the version that serves `model`, believed for a few seconds."""
@@ -65,8 +72,10 @@ class Upstreams:
 
 
 @asynccontextmanager
-async def upstreams(settings: Settings, key: str, clock: Clock) -> AsyncIterator[Upstreams]:
-    """Opens the channels; they connect when first used and close with the block."""
+async def upstreams(
+    settings: Settings, key: str, clock: Clock, stopping: asyncio.Event | None = None
+) -> AsyncIterator[Upstreams]:
+    """Opens the channels; they connect when first used and close with the block. Watches end when `stopping` is set."""
     async with (
         open_channel(settings.inference_address) as inference,
         open_channel(settings.trainer_address) as trainer,
@@ -84,4 +93,5 @@ async def upstreams(settings: Settings, key: str, clock: Clock) -> AsyncIterator
             runs=RunServiceStub(trainer),
             metrics=MetricsServiceStub(trainer),
             checkpoints=CheckpointServiceStub(trainer),
+            stopping=stopping or asyncio.Event(),
         )

@@ -16,7 +16,7 @@ from fakes import FakeClock
 from interlock.core.route import Route, all_to
 from interlock.core.swap import Event, State, Swap, SwapSpec
 from interlock.core.swap_plan import Slot, SlotState, Snapshot, act
-from interlock.errors import FailedPrecondition, InvalidArgument, NotFound
+from interlock.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from interlock.runtime.changed import Changed
 from interlock.stores import artifacts
 from interlock.stores.controller import Origin, RollbackRow, VersionRow
@@ -157,6 +157,24 @@ def test_an_artifact_is_copied_verified_and_numbered(tmp_path: Path) -> None:
         repository.take_in(source)
     assert caught.value.reason == "DIGEST_MISMATCH"
     assert not list((tmp_path / "models" / ".incoming").iterdir())
+
+
+@pytest.mark.parametrize("moment", ["scratch", "place"])
+def test_a_repository_that_cannot_be_written_is_not_the_artifacts_fault(tmp_path: Path, moment: str) -> None:
+    repository, source = ModelRepository(tmp_path / "models"), tmp_path / "source"
+    digest = onnx_models.write_version(source, onnx_models.constant(1.0))
+    if moment == "scratch":
+        (tmp_path / "models").write_text("a file where a folder belongs")
+        with pytest.raises(ResourceExhausted) as caught:
+            repository.take_in(source, digest)
+    else:
+        incoming = repository.take_in(source, digest)
+        (tmp_path / "models" / "policy").write_text("a file where a folder belongs")
+        with pytest.raises(ResourceExhausted) as caught:
+            repository.keep(incoming, "policy", "1")
+        assert not incoming.folder.exists()
+    assert caught.value.reason == "REPOSITORY_UNWRITABLE"
+    assert str(tmp_path / "models") in caught.value.message
 
 
 @pytest.mark.parametrize("damage", ["missing file", "wrong digest", "no manifest", "link", "not onnx"])

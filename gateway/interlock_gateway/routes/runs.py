@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,7 +17,8 @@ from interlock.api.types.v1 import types_pb2
 from interlock.core import names
 from interlock.runtime.access import Principal, Scope
 from interlock_gateway.dependencies import Up, needs
-from interlock_gateway.routes.resources import Steer, plain, sse
+from interlock_gateway.routes import resources
+from interlock_gateway.routes.resources import Count, Steer, plain, sse
 
 router = APIRouter(tags=["runs"])
 TRAIN, ADMIN = needs(Scope.TRAIN), needs(Scope.ADMIN)
@@ -96,7 +97,13 @@ async def checkpoints(up: Up, run: str) -> dict[str, Any]:
 
 
 @router.get("/runs/{run}/metrics", dependencies=TRAIN_ONLY)
-async def metrics(up: Up, run: str, from_step: int = 0, to_step: int = 0, limit: int = 10_000) -> dict[str, Any]:
+async def metrics(
+    up: Up,
+    run: str,
+    from_step: Count = 0,
+    to_step: Count = 0,
+    limit: Annotated[int, Query(ge=0, le=1_000_000)] = 10_000,
+) -> dict[str, Any]:
     """Step records of the live lineage."""
     asked = metrics_pb.QueryStepMetricsRequest(
         run=names.run_name(run), from_step=from_step, to_step=to_step, limit=limit
@@ -105,22 +112,24 @@ async def metrics(up: Up, run: str, from_step: int = 0, to_step: int = 0, limit:
 
 
 @router.get("/runs/{run}/metrics/events", dependencies=TRAIN_ONLY)
-async def metric_events(request: Request, up: Up, run: str, from_seq: int = 0) -> StreamingResponse:
-    """Server-sent events of step records from a sequence number on; `id` is the last one sent, to resume after."""
-    last = request.headers.get("last-event-id", "")
+async def metric_events(
+    request: Request, up: Up, run: str, from_seq: Annotated[int, Query(ge=-1, le=resources.INT64_MAX)] = 0
+) -> StreamingResponse:
+    """Server-sent events of step records from a sequence number on, or from now with -1; `id` is the last one sent, to resume after."""
+    last = resources.last_event_id(request)
     asked = metrics_pb.StreamStepMetricsRequest(
-        run=names.run_name(run), from_seq=int(last) + 1 if last.isdigit() else from_seq
+        run=names.run_name(run), from_seq=from_seq if last is None else last + 1
     )
     await up.call(
         up.runs.GetRun, run_pb.GetRunRequest(name=asked.run), idempotent=True
     )  # an unknown run is a 404, not a broken stream
 
     async def stream() -> AsyncIterator[bytes]:
-        async for message in up.caller.stream(up.metrics.StreamStepMetrics, asked):
+        async for message in up.watch(up.metrics.StreamStepMetrics, asked):
             if message.records:
                 yield sse("steps", plain(message), str(message.records[-1].seq))
 
-    return StreamingResponse(stream(), media_type="text/event-stream")
+    return resources.events(stream())
 
 
 @router.post("/runs/{run}/rollback")

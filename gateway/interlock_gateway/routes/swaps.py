@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,7 +15,8 @@ from interlock.api.types.v1 import types_pb2
 from interlock.core import names
 from interlock.runtime.access import Principal, Scope
 from interlock_gateway.dependencies import Up, needs
-from interlock_gateway.routes.resources import Steer, plain, sse
+from interlock_gateway.routes import resources
+from interlock_gateway.routes.resources import Count, Steer, plain, sse
 
 router = APIRouter(tags=["swaps"])
 ADMIN = needs(Scope.ADMIN)
@@ -66,7 +67,7 @@ async def create(up: Up, body: NewSwap, principal: Principal = ADMIN) -> JSONRes
 
 
 @router.get("/swaps", dependencies=ADMIN_ONLY)
-async def listed(up: Up, model: str = "", page_size: int = 100) -> dict[str, Any]:
+async def listed(up: Up, model: str = "", page_size: Annotated[int, Query(ge=0, le=1000)] = 100) -> dict[str, Any]:
     """Swaps, newest first."""
     asked = swap_pb.ListSwapsRequest(model=names.model_name(model) if model else "", page_size=page_size)
     return plain(await up.call(up.swaps.ListSwaps, asked, idempotent=True))
@@ -91,20 +92,20 @@ async def receipt(up: Up, swap: str) -> dict[str, Any]:
 
 
 @router.get("/swaps/{swap}/events", dependencies=ADMIN_ONLY)
-async def events(request: Request, up: Up, swap: str, after_revision: int = 0) -> StreamingResponse:
+async def events(request: Request, up: Up, swap: str, after_revision: Count = 0) -> StreamingResponse:
     """Server-sent events: the swap now, then after every change; ends when the swap does. `id` is the revision to resume from."""
-    last = request.headers.get("last-event-id", "")
+    last = resources.last_event_id(request)
     asked = swap_pb.WatchSwapRequest(
-        name=names.swap_name(swap), after_revision=int(last) if last.isdigit() else after_revision
+        name=names.swap_name(swap), after_revision=after_revision if last is None else last
     )
     # One read before the stream starts, so that an unknown swap is a 404 and not a broken stream.
     await up.call(up.swaps.GetSwap, swap_pb.GetSwapRequest(name=asked.name), idempotent=True)
 
     async def stream() -> AsyncIterator[bytes]:
-        async for message in up.caller.stream(up.swaps.WatchSwap, asked):
+        async for message in up.watch(up.swaps.WatchSwap, asked):
             yield sse("swap", plain(message.swap), str(message.swap.revision))
 
-    return StreamingResponse(stream(), media_type="text/event-stream")
+    return resources.events(stream())
 
 
 @router.post("/swaps/{swap}/{verb}")

@@ -1,26 +1,30 @@
 """Keeps the rooms' processes alive: starts them, waits until each is healthy, restarts one that dies, stops them in reverse order.
 
 All start at once: a room that needs another one waits for it by itself and says so by its health, as it does after any restart.
-It is not a room: it holds no port and no state, and the rooms do not know it. A room that exits because its settings are wrong (code 2)
-is not restarted: trying again would say the same thing for ever.
+It is not a room: it holds no port and no state, and the rooms do not know it. One supervisor has a state folder at a time: two would
+drive one database by turns. A room that exits with code 2 (its settings are wrong, its database is damaged) before it was ever healthy is
+not restarted: trying again would say the same thing for ever. One that was healthy is tried again, slowly: the others go on serving.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
+import fcntl
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from interlock.errors import InterlockError
+from interlock.errors import FailedPrecondition, InterlockError
 from interlock.runtime.channels import Caller, open_channel
 from interlock.runtime.settings import Settings
 
@@ -30,6 +34,8 @@ STABLE_SECONDS = 30.0
 """A process that lived this long has recovered: the next crash starts the back-off anew."""
 STOP_SECONDS = 40.0
 START_SECONDS = 60.0
+PORT_SECONDS = 10.0
+"""How long the rooms of a supervisor that was killed may take to leave their ports."""
 
 Say = Callable[[str, str], None]
 """(room, what happened) for a person."""
@@ -45,6 +51,7 @@ class Room:
     is_grpc: bool = True
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
+    was_up: bool = False
     log: Path = field(default_factory=Path)
 
 
@@ -76,8 +83,30 @@ class Supervisor:
             room.log = settings.home / "logs" / f"{room.name}.jsonl"
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Starts everything, calls `ready` once all rooms are healthy, and returns after all have ended."""
+        """Starts everything, calls `ready` once all rooms are healthy, and returns after all have ended. `failed` says why it gave up."""
         (self._settings.home / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            with alone(self._settings.home):
+                await self._ports_free()
+                await self._run(ready)
+        except FailedPrecondition as error:
+            self.failed = error.message
+            self.stopping.set()
+
+    async def _ports_free(self) -> None:
+        """Waits for the ports: a room that finds its own taken would end, while a stranger's answers pass for its health."""
+        deadline = asyncio.get_running_loop().time() + PORT_SECONDS
+        while not self.stopping.is_set() and (taken := [room for room in self.rooms if not is_free(room.address)]):
+            if asyncio.get_running_loop().time() > deadline:
+                room = taken[0]
+                raise FailedPrecondition(
+                    f"{room.address}, the {room.name}'s address, is taken by another process; end it, or set another port",
+                    reason="PORT_TAKEN",
+                    metadata={"room": room.name, "address": room.address},
+                )
+            await asyncio.sleep(0.1)
+
+    async def _run(self, ready: Callable[[], None]) -> None:
         async with asyncio.TaskGroup() as group:
             keepers = [group.create_task(self._keep(room)) for room in self.rooms]
             async with asyncio.TaskGroup() as starting:
@@ -101,14 +130,15 @@ class Supervisor:
             code = await room.process.wait()
             if self.stopping.is_set():
                 return
-            if code == MISCONFIGURED:
-                self.failed = f"{room.name} refuses its settings: {_last_line(room.log)}"
+            if code == MISCONFIGURED and not room.was_up:
+                self.failed = f"{room.name} cannot start: {_last_line(room.log)}"
                 self.stopping.set()
                 return
             crashes = 0 if clock() - started > STABLE_SECONDS else crashes + 1
-            delay = BACKOFF_SECONDS[min(crashes, len(BACKOFF_SECONDS) - 1)]
+            delay = BACKOFF_SECONDS[-1 if code == MISCONFIGURED else min(crashes, len(BACKOFF_SECONDS) - 1)]
             room.restarts += 1
-            self._say(room.name, f"ended with {_cause(code)}; starting again in {delay} s (log: {room.log})")
+            why = f"{_cause(code)}: {_last_line(room.log)}" if code == MISCONFIGURED else _cause(code)
+            self._say(room.name, f"ended with {why}; starting again in {delay} s (log: {room.log})")
             await asyncio.sleep(delay)
 
     async def _start(self, room: Room) -> None:
@@ -127,6 +157,7 @@ class Supervisor:
         deadline = loop.time() + START_SECONDS
         while loop.time() < deadline and not self.stopping.is_set():
             if await is_healthy(room):
+                room.was_up = True
                 self._say(room.name, f"up on {room.address}")
                 return
             await asyncio.sleep(0.05)
@@ -154,6 +185,39 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def _die_with_parent() -> None:
     """In the child: asks the kernel for SIGTERM when the supervisor is gone, however it went, so that no room holds its port for ever."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Holds the state folder for this supervisor; the kernel lets it go however the process ends.
+
+    Raises:
+        FailedPrecondition: `HOME_IN_USE`.
+    """
+    with (home / "up.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise FailedPrecondition(
+                f"{home.resolve()} is in use by another `interlock up` (process {file.read().strip() or 'unknown'}); stop it, or set another --home",
+                reason="HOME_IN_USE",
+                metadata={"home": str(home.resolve())},
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_free(address: str) -> bool:
+    """Whether nobody listens on an address. One that cannot be bound for another reason counts as free: the room says it better."""
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_server((host.strip("[]"), int(port))).close()
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
 
 
 async def is_healthy(room: Room) -> bool:

@@ -22,6 +22,7 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from interlock.errors import DataLoss, FailedPrecondition
 from interlock.runtime.access import AccessInterceptor, Keys
 from interlock.runtime.status import ErrorInterceptor, wrap_handler
 from interlock.runtime.tracing import TraceInterceptor
@@ -178,15 +179,15 @@ class GrpcRoom:
 
 
 def _mistakes(error: BaseException) -> list[str] | None:
-    """The messages of configuration mistakes; None when anything else is among them."""
+    """The messages of mistakes in configuration and of state that cannot be used; None when anything else is among them."""
     if isinstance(error, BaseExceptionGroup):
         found = [_mistakes(inner) for inner in error.exceptions]
         return None if None in found else [line for lines in found for line in lines or ()]
-    return [str(error)] if isinstance(error, ValueError | OSError) else None
+    return [str(error)] if isinstance(error, ValueError | OSError | DataLoss | FailedPrecondition) else None
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
-    """Runs a room's `main` under uvloop; returns the process's exit code: 2 for a mistake in configuration, said in one line."""
+    """Runs a room's `main` under uvloop; returns the process's exit code: 2, and one line, for what a restart would not mend."""
     try:
         uvloop.run(main())
     except BaseException as error:

@@ -6,17 +6,20 @@ version folder is complete or absent, and what was hashed is what will be served
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
+from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound, ResourceExhausted
 from interlock.stores import artifacts
 from interlock.stores.artifacts import Manifest, ModelSpec
 
 SCRATCH = ".incoming"
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,12 @@ class ModelRepository:
         return max((int(p.name) for p in below.iterdir() if p.name.isdecimal()), default=0) if below.is_dir() else 0
 
     def clear_scratch(self) -> None:
-        """Removes what a crash left half-copied. Call it before anything comes in."""
+        """Makes the repository's folder and removes what a crash left half-copied. Call it before anything comes in.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        self._root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._root / SCRATCH, ignore_errors=True)
 
     def take_in(self, source: Path, expected_digest: str = "") -> Incoming:
@@ -57,6 +65,7 @@ class ModelRepository:
         Raises:
             NotFound: `ARTIFACT_MISSING`.
             FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`.
+            ResourceExhausted: `REPOSITORY_UNWRITABLE`: nothing is left behind.
         """
         if not source.exists():
             raise NotFound(
@@ -83,10 +92,24 @@ class ModelRepository:
             raise _refused(error) from error
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
+            if error.errno in _NO_ROOM or self._is_ours(error.filename):
+                raise self._unwritable(error) from error
             raise FailedPrecondition(
                 f"{source}: {error.strerror or error}", reason="INVALID_ARTIFACT", field="artifact_uri"
             ) from error
         return Incoming(scratch, manifest, spec)
+
+    def _is_ours(self, path: object) -> bool:
+        return isinstance(path, str | Path) and Path(path).is_relative_to(self._root)
+
+    def _unwritable(self, error: OSError) -> ResourceExhausted:
+        """Not the artifact's fault, and worth another try once somebody has made room."""
+        return ResourceExhausted(
+            f"the model repository {self._root} cannot be written: {error.strerror or error}",
+            reason="REPOSITORY_UNWRITABLE",
+            metadata={"path": str(self._root)},
+            retry_after_seconds=5.0,
+        )
 
     def _copy(self, source: Path, scratch: Path) -> Manifest:
         if source.is_file():
@@ -110,7 +133,19 @@ class ModelRepository:
         return artifacts.verify(scratch)
 
     def keep(self, incoming: Incoming, model: str, version: str) -> Path:
-        """Gives the copy its place, durably. A folder that a crash left there with the same digest is taken as it is."""
+        """Gives the copy its place, durably. A folder that a crash left there with the same digest is taken as it is.
+
+        Raises:
+            DataLoss: the place holds something else.
+            ResourceExhausted: `REPOSITORY_UNWRITABLE`.
+        """
+        try:
+            return self._keep(incoming, model, version)
+        except OSError as error:
+            self.drop(incoming)
+            raise self._unwritable(error) from error
+
+    def _keep(self, incoming: Incoming, model: str, version: str) -> Path:
         place = self.folder(model, version)
         place.parent.mkdir(parents=True, exist_ok=True)
         for path in (*incoming.folder.rglob("*"), incoming.folder):
@@ -147,6 +182,10 @@ class ModelRepository:
             return artifacts.verify(place, digest).size_bytes
         except InterlockError as error:
             raise _refused(error) from error
+        except OSError as error:
+            raise FailedPrecondition(
+                f"{place}: {error.strerror or error}", reason="INVALID_ARTIFACT", metadata={"path": str(place)}
+            ) from error
 
 
 def _refused(error: InterlockError) -> InterlockError:

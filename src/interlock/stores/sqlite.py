@@ -12,9 +12,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from interlock.errors import DataLoss, FailedPrecondition
+from interlock.errors import DataLoss, FailedPrecondition, InterlockError
 
 BUSY_SECONDS = 5.0
+_UNUSABLE = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_PERM")
+
+
+@contextmanager
+def opening(path: Path | str) -> Iterator[None]:
+    """Says what is wrong with a file that cannot be used.
+
+    Raises:
+        OSError: it cannot be opened or written.
+        DataLoss: `DATABASE_CORRUPT`: not a SQLite file, or a damaged one.
+    """
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname.startswith(_UNUSABLE):
+            raise OSError(f"{path}: {error}") from None
+        raise
+    except sqlite3.DatabaseError as error:
+        raise DataLoss(
+            f"{path}: {error}; restore it from a backup", reason="DATABASE_CORRUPT", metadata={"path": str(path)}
+        ) from None
 
 
 class Database:
@@ -26,6 +47,7 @@ class Database:
 
     Raises:
         FailedPrecondition: `SCHEMA_NEWER`: the file was written by a newer version of this program.
+        OSError: the file cannot be opened or written, saying which.
         DataLoss: `DATABASE_CORRUPT`: not a SQLite file, or a damaged one.
     """
 
@@ -35,24 +57,17 @@ class Database:
         self.path = str(path)
         if self.path != ":memory:":
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        with opening(self.path):
+            self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         self._depth = 0
         try:
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(f"PRAGMA synchronous={synchronous}")
-            self._connection.execute("PRAGMA foreign_keys=ON")
-            self._migrate(migrations)
-        except sqlite3.DatabaseError as error:
-            self._connection.close()
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            raise DataLoss(
-                f"{self.path}: {error}; restore it from a backup",
-                reason="DATABASE_CORRUPT",
-                metadata={"path": self.path},
-            ) from None
-        except FailedPrecondition:
+            with opening(self.path):
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute(f"PRAGMA synchronous={synchronous}")
+                self._connection.execute("PRAGMA foreign_keys=ON")
+                self._migrate(migrations)
+        except (OSError, InterlockError, sqlite3.Error):
             self._connection.close()
             raise
 

@@ -22,6 +22,7 @@ from typing import cast
 
 from interlock.core.steps import StepRecord
 from interlock.errors import FailedPrecondition
+from interlock.stores.sqlite import opening
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunks (
@@ -32,11 +33,13 @@ CREATE TABLE IF NOT EXISTS chunks (
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """A connection in WAL mode that may be used from any thread, one at a time."""
+    """A connection in WAL mode that may be used from any thread, one at a time. Raises as `sqlite.opening`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    with opening(path):
+        connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10.0)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("SELECT count(*) FROM sqlite_master")
     return connection
 
 

@@ -63,6 +63,8 @@ class SwapServicer(rpc.SwapServiceServicer):
             raise InvalidArgument(
                 "page_token: is not one that an earlier answer gave", reason="INVALID_PAGE_TOKEN", field="page_token"
             )
+        if request.page_size < 0:
+            raise InvalidArgument("page_size: is negative", reason="INVALID_FIELD", field="page_size")
         size = min(request.page_size or PAGE_SIZE, PAGE_SIZE_MAX)
         found = self._store.swaps(model, limit=size + 1, before=request.page_token)
         page = found[:size]

@@ -60,6 +60,8 @@ class MetricsServicer(pb_grpc.MetricsServiceServicer):
         """Records of a range of steps: of the live lineage, of one attempt, or of all."""
         run = names.parse_run(request.run, "run")
         self._runs.get(run)
+        if request.limit < 0:
+            raise InvalidArgument("limit: is negative", reason="INVALID_FIELD", field="limit")
         limit = request.limit or LIMIT
         found: Iterable[StepRecord] = self._store.steps.by_step(run, request.from_step, request.to_step or 2**62)
         if request.attempt == 0:

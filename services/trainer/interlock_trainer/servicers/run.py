@@ -69,6 +69,8 @@ class RunServicer(pb_grpc.RunServiceServicer):
         """Runs, newest first; the page token is the number of runs passed."""
         if request.page_token and not request.page_token.isdigit():
             raise InvalidArgument("page_token: not one that ListRuns gave", reason="INVALID_FIELD", field="page_token")
+        if request.page_size < 0:
+            raise InvalidArgument("page_size: is negative", reason="INVALID_FIELD", field="page_size")
         begin, size = int(request.page_token or 0), request.page_size or PAGE
         ordered = sorted(self._runs, key=lambda session: (-session.row.create_time, session.run))
         token = str(begin + size) if begin + size < len(ordered) else ""

@@ -1,0 +1,123 @@
+"""What a person does to a state folder or a running system by mistake, and what a machine does by bad luck: said precisely, survived."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rooms import environment, running, until
+
+pytestmark = [pytest.mark.system]
+
+
+def up(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`interlock up` that is expected to give up by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "interlock.cli", "up"], env=env, capture_output=True, text=True, timeout=40, check=False
+    )
+
+
+def test_one_home_has_one_supervisor(tmp_path: Path) -> None:
+    """Two would take one controller's lease from each other for ever, and start every run twice."""
+    with running(tmp_path / "home") as rooms:
+        pids = rooms.pids()
+        done = up(environment(tmp_path / "home"))
+        assert done.returncode == 1
+        assert f"is in use by another `interlock up` (process {rooms.process.pid})" in done.stderr
+        assert "ready" not in done.stdout
+        assert rooms.pids() == pids
+
+
+def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with running(tmp_path / "one") as rooms:
+        done = up(rooms.environment | {"INTERLOCK_HOME": str(tmp_path / "two")})
+        assert done.returncode == 1
+        assert "is taken by another process" in done.stderr
+        assert done.stdout == ""
+
+
+@pytest.mark.parametrize("room", ["controller", "trainer"])
+def test_a_damaged_database_is_said_in_one_line(tmp_path: Path, room: str) -> None:
+    (tmp_path / f"{room}.db").write_bytes(b"not a database" * 1000)
+    done = up(environment(tmp_path))
+    assert done.returncode == 1
+    assert f"{room} cannot start: error: {tmp_path / room}.db: file is not a database; restore it" in done.stderr
+    assert "starting again" not in done.stdout
+
+
+def test_a_database_damaged_while_running_does_not_stop_the_others(tmp_path: Path) -> None:
+    with running(tmp_path) as rooms:
+        gone = rooms.room("controller")
+        for path in tmp_path.glob("controller.db*"):
+            path.write_bytes(b"not a database" * 1000)
+        gone.kill()
+        log = tmp_path / "up.log"
+        until(lambda: "file is not a database" in log.read_text(), "the damage is said", 30)
+        assert rooms.process.poll() is None
+        assert any("inference " in line and " up" in line for line in rooms.status())
+        for path in tmp_path.glob("controller.db*"):
+            path.unlink()
+        until(lambda: any("controller " in line and " up" in line for line in rooms.status()), "mended", 30)
+
+
+def test_an_unwritable_models_folder_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file where a folder belongs")
+    done = up(environment(tmp_path))
+    assert done.returncode == 1
+    assert "cannot start" in done.stderr
+    assert str(tmp_path / "models") in done.stderr
+
+
+def a_run(client: httpx.Client, run: str = "r1", **more: Any) -> None:
+    """A PPO run that saves often."""
+    body = {"run_id": run, "parameters": {"pace_ms": 5}, "save_every_steps": 50} | more
+    answer = client.post("/rl/train", json=body)
+    assert answer.status_code == 202, answer.text
+
+
+def seqs(line: str) -> list[int]:
+    """The sequence numbers in a `data:` line."""
+    return [int(record["seq"]) for record in json.loads(line.removeprefix("data:"))["records"]]
+
+
+def test_events_resume_and_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    ended: list[bool] = []
+
+    def hold(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client, client.stream("GET", "/runs/r1/metrics/events") as open_:
+            for _ in open_.iter_lines():
+                pass
+        ended.append(True)
+
+    with running(tmp_path) as rooms, rooms.http() as client:
+        a_run(client)
+        first: list[int] = []
+        with client.stream("GET", "/runs/r1/metrics/events") as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:"):
+                    first += seqs(line)
+                    break
+        with client.stream("GET", "/runs/r1/metrics/events", headers={"Last-Event-ID": str(first[-1])}) as stream:
+            line = next(line for line in stream.iter_lines() if line.startswith("data:"))
+            assert [*first, *seqs(line)] == list(range(1, seqs(line)[-1] + 1))
+        for header in ("9" * 30, str(2**63)):
+            answer = client.get("/runs/r1/metrics/events", headers={"Last-Event-ID": header})
+            assert (answer.status_code, answer.json()["reason"]) == (400, "INVALID_REQUEST")
+        for path in ("/swaps?page_size=-1", "/runs/r1/metrics/events?from_seq=-3", "/runs/r1/metrics?limit=-1"):
+            assert client.get(path).status_code == 400, path
+        holder = threading.Thread(target=hold, args=(rooms.url,))
+        holder.start()
+        time.sleep(1)  # the stream is open; a little later or earlier changes nothing
+        gateway = rooms.room("gateway")
+        gateway.terminate()
+        holder.join(60)
+        assert ended, "the open stream ended"
+        assert "graceful shutdown exceeded" not in rooms.log("gateway"), "it was ended, not cut at the 30 s limit"
