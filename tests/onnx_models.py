@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from interlock.stores import artifacts, golden
-from interlock.stores.artifacts import ModelSpec, TensorSpec
+from interlock.stores.artifacts import BatchingSpec, ModelSpec, TensorSpec
 
 OPSET = [helper.make_opsetid("", 17)]
 
@@ -58,6 +59,30 @@ def slow(value: float, size: int = 700, repeats: int = 6) -> bytes:
     return make(nodes, [info[0]], [info[1]], weights)
 
 
+def mlp(sizes: tuple[int, ...], seed: int = 0) -> bytes:
+    """y [-1, sizes[-1]] from x [-1, sizes[0]], random weights, relu between."""
+    random, nodes, weights, name = np.random.default_rng(seed), [], [], "x"
+    for layer, (rows, columns) in enumerate(itertools.pairwise(sizes)):
+        out = "y" if layer == len(sizes) - 2 else f"h{layer}"
+        values = (random.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
+        weights.append(numpy_helper.from_array(values, f"w{layer}"))
+        nodes.append(helper.make_node("MatMul", [name, f"w{layer}"], [out]))
+        if out != "y":
+            nodes.append(helper.make_node("Relu", [out], [f"r{layer}"]))
+        name = f"r{layer}"
+    info = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", c])
+        for n, c in (("x", sizes[0]), ("y", sizes[-1]))
+    ]
+    return make(nodes, [info[0]], [info[1]], tuple(weights))
+
+
+def softmax_over_rows() -> bytes:
+    """Softmax over the rows: an answer that depends on who else is there."""
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in ("x", "y")]
+    return make([helper.make_node("Softmax", ["x"], ["y"], axis=0)], [info[0]], [info[1]])
+
+
 def identity(element_type: int, shape: list[str | int] | None = None) -> bytes:
     """y = x, of one element type."""
     dims = shape if shape is not None else ["n"]
@@ -88,14 +113,14 @@ def write_version(
     step: int = 0,
     columns: int = 4,
     golden_inputs: dict[str, dict[str, np.ndarray]] | None = None,
+    batching: BatchingSpec | None = None,
 ) -> str:
     """A version folder as the trainer's export writes it, for models with x and y; its digest."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(body)
     shape = (-1, columns)
-    spec = ModelSpec(
-        name, (TensorSpec("x", "FP32", shape),), (TensorSpec("y", "FP32", shape),), source={"run": "r", "step": step}
-    )
+    tensors = ((TensorSpec("x", "FP32", shape),), (TensorSpec("y", "FP32", shape),))
+    spec = ModelSpec(name, *tensors, source={"run": "r", "step": step}, batching=batching)
     artifacts.write_spec(folder, spec)
     if golden_inputs:
         golden.write(folder, golden_inputs)

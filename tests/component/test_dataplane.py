@@ -3,18 +3,18 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_models
-from interlock.core.route import Route, Weight
+from dataplane_world import World
+from dataplane_world import a_call as call
+from dataplane_world import dataplane_world as a_world
 from interlock.errors import (
     Aborted,
     AlreadyExists,
@@ -27,83 +27,10 @@ from interlock.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from interlock.runtime.clock import SystemClock
 from interlock.stores import artifacts, golden
 from interlock_inference.assignment import Assignment, AssignmentFile
-from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines import Array
-from interlock_inference.engines.onnx import OnnxOptions
-from interlock_inference.recorder import Recorder
-from interlock_inference.replica import Replica, Wanted
-from interlock_inference.slots import Registry, Slot, SlotState
-
-
-class Nobody:
-    """Observes nothing."""
-
-    def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
-        """Ignored."""
-
-
-@dataclass
-class Call:
-    """A request with its inputs at hand."""
-
-    inputs: dict[str, Array]
-    model: str = "policy"
-    version: str = ""
-    request_id: str = ""
-    outputs: Sequence[str] = ()
-    deadline: float | None = None
-    decoded: list[str] = field(default_factory=list)
-
-    def decode(self, slot: Slot) -> dict[str, Array]:
-        self.decoded.append(slot.version)
-        return self.inputs
-
-
-@dataclass
-class World:
-    """One replica without a listener."""
-
-    home: Path
-    registry: Registry
-    plane: DataPlane
-    replica: Replica
-    recorder: Recorder
-
-    def artifact(self, version: str, body: bytes | None = None, **more: Any) -> str:
-        folder = self.home / "models" / "policy" / version
-        onnx_models.write_version(folder, body or onnx_models.constant(float(version)), **more)
-        return str(folder)
-
-    async def load(self, version: str, body: bytes | None = None) -> Slot:
-        async for _ in self.replica.prepare(Wanted("policy", version, self.artifact(version, body))):
-            pass
-        slot, _ = await self.replica.warm("policy", version, 0)
-        return slot
-
-    async def route(self, epoch: int, *versions: str, token: int = 1) -> None:
-        weights = tuple(Weight(version, 1) for version in versions)
-        await self.replica.apply_route(token, Route("policy", epoch, weights), versions[0] if versions else "", 0.0)
-
-
-def call(rows: int = 1, **more: object) -> Call:
-    return Call({"x": np.ones((rows, 4), np.float32)}, **more)  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def a_world(home: Path, file: AssignmentFile | None = None, **options: int) -> AsyncIterator[World]:
-    registry, recorder = Registry(), Recorder()
-    plane = DataPlane(registry, recorder, Nobody(), **options)
-    async with asyncio.TaskGroup() as tasks:
-        file = file or AssignmentFile(home / "replica.json")
-        replica = Replica(registry, recorder, file, SystemClock(), tasks, options=OnnxOptions(), warmup_iterations=5)
-        try:
-            yield World(home, registry, plane, replica, recorder)
-        finally:
-            await asyncio.to_thread(plane.close)
-            replica.close()
+from interlock_inference.replica import Wanted
+from interlock_inference.slots import SlotState
 
 
 @pytest.fixture

@@ -32,6 +32,9 @@ class Nobody:
     def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
         """Ignored."""
 
+    def ran(self, slot: Slot, rows: int) -> None:
+        """Ignored."""
+
 
 class Served:
     """A data plane with one model, and a loop to ask it in."""

@@ -33,7 +33,7 @@ COUNTER = itertools.count()
 class Call:
     """A request for whatever the route picks, or for one version."""
 
-    model, request_id, deadline = "policy", "", None
+    model, request_id, deadline, priority = "policy", "", None, 0
     outputs: Sequence[str] = ()
 
     def __init__(self, version: str = "") -> None:
@@ -47,6 +47,9 @@ class Nobody:
     """Observes nothing."""
 
     def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
+        """Ignored."""
+
+    def ran(self, slot: Slot, rows: int) -> None:
         """Ignored."""
 
 

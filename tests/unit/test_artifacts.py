@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
 from interlock.stores import artifacts, golden
-from interlock.stores.artifacts import ModelSpec, TensorSpec
+from interlock.stores.artifacts import BatchingSpec, ModelSpec, TensorSpec
 
 SPEC = ModelSpec(
     name="policy",
@@ -136,3 +137,30 @@ def test_what_is_not_a_golden_set(tmp_path: Path, spoil: Callable[[Path], None],
     with pytest.raises(FailedPrecondition, match=text) as refused:
         golden.read(tmp_path)
     assert refused.value.reason == "INVALID_ARTIFACT"
+
+
+def test_batching_is_read_back_as_written_and_refused_with_its_key(tmp_path: Path) -> None:
+    full = BatchingSpec(True, 32, (8, 16), 1.5, 20.0, 3, 2, 100, 250.0, "continue")
+    for batching in (None, BatchingSpec(), BatchingSpec(enabled=False), full):
+        spec = replace(SPEC, batching=batching)
+        artifacts.write_spec(tmp_path, spec)
+        assert artifacts.read_spec(tmp_path) == spec
+    tensors = [{"name": "x", "datatype": "FP32", "shape": [-1]}]
+    good = {"name": "m", "inputs": tensors, "outputs": tensors}
+    cases: tuple[tuple[object, str], ...] = (
+        (3, "batching"),
+        ({"max_row": 3}, "batching.max_row"),
+        ({"enabled": 1}, "batching.enabled"),
+        ({"max_rows": 0}, "batching.max_rows"),
+        ({"max_rows": True}, "batching.max_rows"),
+        ({"preferred_rows": [8, 4]}, "batching.preferred_rows"),
+        ({"preferred_rows": [128]}, "batching.preferred_rows"),
+        ({"max_delay_ms": -1}, "batching.max_delay_ms"),
+        ({"max_run_ms": float("nan")}, "batching.max_run_ms"),
+        ({"default_priority": 2}, "batching.default_priority"),
+        ({"timeout_action": "delay"}, "batching.timeout_action"),
+    )
+    for table, field in cases:
+        with pytest.raises(InvalidArgument) as refused:
+            artifacts.parse_spec({**good, "batching": table})
+        assert (refused.value.reason, refused.value.field) == ("MODEL_SPEC_INVALID", field)

@@ -2,7 +2,7 @@
 
 A model whose run costs less than a thread hop runs on the event loop; a slower one in a worker thread, behind a bounded queue. Which it is
 was measured at warm-up and is scaled by the size of the request. A request whose deadline has passed, or whose caller has gone, is dropped
-before compute.
+before compute. A version that batches has a lane of its own (`batching`, `turns`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from interlock.errors import DeadlineExceeded, InterlockError, InvalidArgument, ResourceExhausted
+from interlock.errors import InterlockError, InvalidArgument
+from interlock_inference.batching import Ran, Run, expired, queue_full
 from interlock_inference.engines import Array
 from interlock_inference.recorder import Recorder
-from interlock_inference.slots import Handle, Registry, Slot
+from interlock_inference.slots import Handle, Registry, Slot, SlotState
+from interlock_inference.turns import Turns
 
 INLINE_SECONDS = 0.001  # two thread hops cost about 0.1 ms here; one run on the loop may delay others by at most this
 QUEUE_LIMIT = 256  # waiting runs; at the inline limit that is a quarter of a second of work per thread
@@ -32,6 +34,8 @@ class Call(Protocol):
     outputs: Sequence[str]
     deadline: float | None
     """On time.monotonic's clock."""
+    priority: int
+    """1 goes first; 0 means the model's default. Counts only where a model has levels and requests wait."""
 
     def decode(self, slot: Slot) -> dict[str, Array]:
         """The inputs by name, checked against the slot's signature; raises InvalidArgument."""
@@ -55,6 +59,10 @@ class Observer(Protocol):
         """One request of the slot's version has ended."""
         ...
 
+    def ran(self, slot: Slot, rows: int) -> None:
+        """The version's engine has run once, for so many rows."""
+        ...
+
 
 class DataPlane:
     """Runs requests against the registry's slots."""
@@ -74,11 +82,12 @@ class DataPlane:
         self._queue_limit = queue_limit
         self._num_queued = 0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="infer")
+        self._turns = Turns(self._pool, self._count_batch)
 
     @property
     def num_queued(self) -> int:
-        """Runs that wait for or occupy a worker thread."""
-        return self._num_queued
+        """Requests that wait for or occupy a worker thread."""
+        return self._num_queued + self._turns.num_held
 
     def close(self) -> None:
         """Ends the worker threads after what they run now."""
@@ -103,11 +112,14 @@ class DataPlane:
             _check_deadline(call.deadline)
             decoded = time.perf_counter_ns()
             if self._is_short(slot, inputs):
-                began = decoded
-                outputs = run_now(slot, inputs, names)
+                ran = Ran(decoded, 0, run_now(slot, inputs, names))
             else:
+                self._check_room(slot)
                 mine = False
-                began, outputs = await self._in_thread(handle, inputs, names, call.deadline)
+                if slot.lane is None:
+                    ran = await self._in_thread(handle, inputs, names, call.deadline)
+                else:
+                    ran = await self._turns.answer(handle, inputs, names, call.deadline, call.priority)
             ended = time.perf_counter_ns()
         except InterlockError as error:
             failure = error
@@ -117,29 +129,29 @@ class DataPlane:
                 handle.release()
             if failure is not None:
                 self._count_failure(slot, start, failure)
-        self._count(slot, inputs, (start, decoded, began, ended))
-        return Reply(slot, handle.epoch, names, outputs)
+        self._count(slot, inputs, ran, (start, decoded, ended))
+        return Reply(slot, handle.epoch, names, ran.outputs)
 
     def _is_short(self, slot: Slot, inputs: Mapping[str, Array]) -> bool:
         warmup = slot.warmup
         if warmup is None:
             return False
         elements = sum(array.size for array in inputs.values())
-        return warmup.best_seconds * max(1.0, elements / warmup.best_elements) < INLINE_SECONDS
+        # behind the loop no queue forms, so a version that batches leaves it as soon as a hop costs less than the run
+        limit = INLINE_SECONDS if slot.lane is None else warmup.hop_seconds
+        return warmup.best_seconds * max(1.0, elements / warmup.best_elements) < limit
+
+    def _check_room(self, slot: Slot) -> None:
+        if self.num_queued >= self._queue_limit:
+            raise queue_full(self.num_queued, self._queue_limit)
+        if slot.lane is not None:
+            slot.lane.check_room()
 
     async def _in_thread(
         self, handle: Handle, inputs: dict[str, Array], names: Sequence[str], deadline: float | None
-    ) -> tuple[int, list[Array]]:
+    ) -> Ran:
         """Owns the handle from here on: it is given back when the thread has let go of the engine, also when the caller is long gone."""
         loop = asyncio.get_running_loop()
-        if self._num_queued >= self._queue_limit:
-            handle.release()
-            raise ResourceExhausted(
-                f"{self._num_queued} requests wait for the engine already",
-                reason="QUEUE_FULL",
-                retry_after_seconds=0.1,
-                metadata={"queue_limit": str(self._queue_limit)},
-            )
         self._num_queued += 1
         job = self._pool.submit(_run_late, handle.slot, inputs, names, deadline)
         job.add_done_callback(lambda done: self._hand_back(loop, handle, done))
@@ -154,7 +166,7 @@ class DataPlane:
             waiting.cancel()  # takes the run out of the queue if it has not begun; one that has ends by itself
             handle.abort.cancel()
 
-    def _hand_back(self, loop: asyncio.AbstractEventLoop, handle: Handle, _: Future[tuple[int, list[Array]]]) -> None:
+    def _hand_back(self, loop: asyncio.AbstractEventLoop, handle: Handle, _: Future[Ran]) -> None:
         def on_loop() -> None:
             self._num_queued -= 1
             handle.release()
@@ -162,20 +174,30 @@ class DataPlane:
         if not loop.is_closed():
             loop.call_soon_threadsafe(on_loop)
 
-    def _count(self, slot: Slot, inputs: dict[str, Array], marks: tuple[int, int, int, int]) -> None:
-        start, decoded, began, ended = marks
-        stats = slot.stats
-        stats.success.add(ended - start)
-        stats.queue.add(began - decoded)
-        stats.compute_input.add(decoded - start)
-        stats.compute_infer.add(ended - began)
+    def _count(self, slot: Slot, inputs: dict[str, Array], ran: Ran, marks: tuple[int, int, int]) -> None:
+        start, decoded, ended = marks
+        stats, infer_ns = slot.stats, (ran.ended or ended) - ran.began
         first = next(iter(inputs.values()))
-        stats.num_rows += first.shape[0] if first.ndim else 1
+        rows = first.shape[0] if first.ndim else 1
+        if not ran.batched:
+            stats.ran(rows, infer_ns)
+            self._observer.ran(slot, rows)
+        stats.success.add(ended - start)
+        stats.queue.add(ran.began - decoded)
+        stats.compute_input.add(decoded - start)
+        stats.compute_infer.add(infer_ns)
+        stats.num_rows += rows
         stats.last_at_ms = int(time.time_ns() // 1_000_000)
         seconds = (ended - start) / 1e9
         stats.latencies_seconds.append(seconds)
         self._recorder.offer(slot.model, inputs)
         self._observer.finished(slot, seconds, None)
+
+    def _count_batch(self, slot: Slot, run: Run) -> None:
+        if slot.state is SlotState.STOPPED:
+            return  # cut and released meanwhile: its series are gone, and shall not come back
+        slot.stats.ran(run.rows, run.infer_ns, run.input_ns, run.output_ns)
+        self._observer.ran(slot, run.rows)
 
     def _count_failure(self, slot: Slot, start: int, error: InterlockError) -> None:
         nanoseconds = time.perf_counter_ns() - start
@@ -204,7 +226,7 @@ def _wanted(outputs: Sequence[str], slot: Slot) -> Sequence[str]:
 
 def _check_deadline(deadline: float | None) -> None:
     if deadline is not None and time.monotonic() >= deadline:
-        raise DeadlineExceeded("the deadline passed before the model ran", reason="DEADLINE_EXPIRED")
+        raise expired()
 
 
 def run_now(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
@@ -213,9 +235,9 @@ def run_now(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str]) -> li
     return slot.opened.engine.run(inputs, names)
 
 
-def _run_late(
-    slot: Slot, inputs: Mapping[str, Array], names: Sequence[str], deadline: float | None
-) -> tuple[int, list[Array]]:
-    """In a worker thread: when the run began, and its outputs."""
+def _run_late(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str], deadline: float | None) -> Ran:
+    """In a worker thread."""
     _check_deadline(deadline)
-    return time.perf_counter_ns(), run_now(slot, inputs, names)
+    began = time.perf_counter_ns()
+    outputs = run_now(slot, inputs, names)
+    return Ran(began, time.perf_counter_ns(), outputs)

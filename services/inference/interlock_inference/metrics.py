@@ -12,6 +12,7 @@ from interlock.errors import InterlockError
 from interlock_inference.slots import Registry, Slot
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LLM_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # REQUIREMENTS O1
 MODE = "tensor"
 
@@ -33,6 +34,13 @@ class RequestMetrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self._rows = Histogram(
+            "interlock_infer_batch_rows",
+            "Rows per run of the engine.",
+            ("model", "version"),
+            buckets=BATCH_ROWS,
+            registry=registry,
+        )
         self._llm_requests = Counter(
             "llm_requests", "Requests by outcome.", ("model", "mode", "status"), registry=registry
         )
@@ -45,6 +53,7 @@ class RequestMetrics:
             registry=registry,
         )
         self._succeeded: dict[Slot, tuple[Counter, Counter, Histogram, Histogram]] = {}
+        self._batches: dict[Slot, Histogram] = {}
 
     def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
         """See `dataplane.Observer`."""
@@ -69,12 +78,21 @@ class RequestMetrics:
         )
         return series
 
+    def ran(self, slot: Slot, rows: int) -> None:
+        """See `dataplane.Observer`."""
+        series = self._batches.get(slot)
+        if series is None:
+            series = self._batches[slot] = self._rows.labels(slot.model, slot.version)
+        series.observe(rows)
+
     def forget(self, slot: Slot) -> None:
         """Drops the series of a released version."""
         self._succeeded.pop(slot, None)
+        self._batches.pop(slot, None)
         labels = {"model": slot.model, "version": slot.version}
         self._requests.remove_by_labels(labels)
         self._seconds.remove_by_labels(labels)
+        self._rows.remove_by_labels(labels)
 
 
 class StateMetrics(Collector):
@@ -112,6 +130,6 @@ class StateMetrics(Collector):
         for model, routed in snapshot.routes.items():
             epochs.add_metric((model,), routed.route.epoch)
         queued = GaugeMetricFamily(
-            "interlock_infer_queue_depth", "Runs that wait for or occupy a worker thread.", value=self._num_queued()
+            "interlock_infer_queue_depth", "Requests that wait for or occupy a worker thread.", value=self._num_queued()
         )
         yield from (loaded, memory, active, slots, in_flight, epochs, queued)

@@ -27,7 +27,7 @@ from interlock.core.route import Route, admit, stale_epoch
 from interlock.errors import AlreadyExists, FailedPrecondition, InterlockError, Internal, NotFound
 from interlock.runtime.changed import Changed
 from interlock.stores import golden
-from interlock_inference import compare, repository
+from interlock_inference import batching, compare, repository
 from interlock_inference.assignment import Assigned, AssignedModel, Assignment, AssignmentFile
 from interlock_inference.compare import Comparison
 from interlock_inference.dataplane import run_now
@@ -40,6 +40,7 @@ from interlock_inference.slots import Drained, Origin, Registry, Slot, SlotState
 COMPARE_SAMPLES = 64
 LOADER_NICENESS = 10  # a load must not hurt the tail of what serves
 MADE_UP_ROWS = 8
+HOPS = 5  # tries, of which the fastest counts
 _ROUTABLE = frozenset({SlotState.READY, SlotState.SERVING, SlotState.DRAINING})
 _LOADED = _ROUTABLE | {SlotState.WARMING_UP}
 _T = TypeVar("_T")
@@ -289,6 +290,7 @@ class Replica:
             digest=slot.digest,
             memory_bytes=opened.memory_bytes,
             providers=opened.engine.providers,
+            batching=slot.lane is not None,
         )
 
     def _check_compatible(self, opened: Opened, with_: tuple[str, str]) -> None:
@@ -317,7 +319,7 @@ class Replica:
         samples, num_recorded = self._samples([slot], 8, await self._golden(slot))
         work = [samples[i % len(samples)] for i in range(iterations or self._warmup_iterations)]
         try:
-            timings = await self._held((slot,), lambda: self._run_warm(slot, work))
+            timings = await self._held((slot,), lambda: self._run_warm(slot, work, samples))
         except InterlockError as error:
             slot.fail(f"WARMUP_FAILED: {error.message}")
             self.changed.fire()
@@ -334,6 +336,7 @@ class Replica:
             median_ms=median(timings[1:] or timings) * 1e3,
             best_seconds=timings[best],
             best_elements=max(1, sum(array.size for array in work[best].values())),
+            hop_seconds=await self._hop_seconds() if slot.lane is not None else 0.0,
         )
         if slot.state is SlotState.WARMING_UP:
             slot.move(SlotState.READY)
@@ -341,13 +344,29 @@ class Replica:
         _log.info("warmed", version=slot.name, iterations=len(timings), median_ms=round(slot.warmup.median_ms, 3))
         return slot, slot.warmup
 
-    def _run_warm(self, slot: Slot, work: Sequence[Mapping[str, Array]]) -> list[float]:
+    async def _hop_seconds(self) -> float:
+        """What the way into a thread and back costs at its best."""
+        loop, timings = asyncio.get_running_loop(), []
+        for _ in range(HOPS):
+            start = time.perf_counter()
+            await loop.run_in_executor(self._bench, _nothing)
+            timings.append(time.perf_counter() - start)
+        return min(timings)
+
+    def _run_warm(
+        self, slot: Slot, work: Sequence[Mapping[str, Array]], samples: Sequence[Mapping[str, Array]]
+    ) -> list[float]:
+        """Seconds of each run. A version that batches must also give the same answers when samples run together."""
         timings = []
         for inputs in work:
             self._failpoint("inference.warm", slot.version)
             start = time.perf_counter()
             run_now(slot, inputs, slot.output_names)
             timings.append(time.perf_counter() - start)
+        if slot.lane is not None and slot.opened is not None:
+            difference = batching.differs_together(slot.opened.engine, slot.lane, samples)
+            if difference:
+                raise FailedPrecondition(f"model.toml says [batching], and {difference}; take it out")
         return timings
 
     async def compare(self, model: str, stable: str, candidate: str, limit: int) -> tuple[Comparison, int]:
@@ -551,6 +570,10 @@ def _fits(slot: Slot, inputs: Mapping[str, Array]) -> bool:
         len(spec.shape) == array.ndim and all(w in (-1, h) for w, h in zip(spec.shape, array.shape, strict=True))
         for spec, array in specs
     )
+
+
+def _nothing() -> None:
+    """What a hop carries."""
 
 
 def _be_nice(niceness: int) -> None:

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
 from interlock.core.names import version_name
 from interlock.core.ports import Clock
 from interlock.core.route import Picker, Route
 from interlock.errors import IllegalTransition, NotFound, Unavailable
 from interlock.stores.artifacts import TensorSpec
+from interlock_inference.batching import Lane, lane_for
 from interlock_inference.repository import Opened
 from interlock_inference.stats import VersionStats
 
@@ -72,7 +74,7 @@ class Handle:
         self.epoch = epoch
         self.request_id = request_id
         self.cut = False
-        self.abort: asyncio.Future[None] | None = None
+        self.abort: asyncio.Future[Any] | None = None
 
     def release(self) -> None:
         """Gives the slot back. Exactly once."""
@@ -94,6 +96,7 @@ class Warmup:
 
     Attributes:
         best_seconds: the fastest run, and `best_elements` the input elements it had: what a run costs when nothing else disturbs.
+        hop_seconds: the fastest way from the event loop into a thread and back.
     """
 
     iterations: int
@@ -102,11 +105,15 @@ class Warmup:
     median_ms: float
     best_seconds: float
     best_elements: int
+    hop_seconds: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One loaded version; `name` is `models/{model}/versions/{version}`. `opened` is None before the load ended and after the slot stopped."""
+    """One loaded version; `name` is `models/{model}/versions/{version}`. `opened` is None before the load ended and after the slot stopped.
+
+    `lane` is the queue in which its requests find together; None for a version that does not batch.
+    """
 
     model: str
     version: str
@@ -123,6 +130,7 @@ class Slot:
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
     output_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    lane: Lane | None = None
     name: str = field(init=False)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -165,6 +173,7 @@ class Slot:
         self.specs = {spec.name: spec for spec in signature.inputs}
         self.output_specs = {spec.name: spec for spec in signature.outputs}
         self.output_names = tuple(self.output_specs)
+        self.lane = lane_for(opened.spec.batching if opened.spec is not None else None, signature)
         self.move(SlotState.WARMING_UP)
 
     def fail(self, reason: str) -> None:

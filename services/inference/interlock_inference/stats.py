@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+EXACT_ROWS = 128  # batch sizes up to this are counted one by one; above, by the next power of two, so that clients can't grow the table
 LATENCY_WINDOW = 2048  # requests; enough for a p99 over some twenty samples, 16 KiB
 
 
@@ -22,6 +23,15 @@ class Timer:
 
 
 @dataclass(slots=True)
+class BatchStats:
+    """The runs of one batch size."""
+
+    compute_input: Timer = field(default_factory=Timer)
+    compute_infer: Timer = field(default_factory=Timer)
+    compute_output: Timer = field(default_factory=Timer)
+
+
+@dataclass(slots=True)
 class VersionStats:
     """Written by the data plane on its event loop."""
 
@@ -33,8 +43,21 @@ class VersionStats:
     compute_infer: Timer = field(default_factory=Timer)
     compute_output: Timer = field(default_factory=Timer)
     num_rows: int = 0
+    num_runs: int = 0
+    batches: dict[int, BatchStats] = field(default_factory=dict)
     last_at_ms: int = 0
     latencies_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCY_WINDOW))
+
+    def ran(self, rows: int, infer_ns: int, input_ns: int = 0, output_ns: int = 0) -> None:
+        """Counts one run of the engine; the times beside it are those of joining and parting its requests."""
+        self.num_runs += 1
+        size = rows if rows <= EXACT_ROWS else 1 << (rows - 1).bit_length()
+        batch = self.batches.get(size)
+        if batch is None:
+            batch = self.batches[size] = BatchStats()
+        batch.compute_input.add(input_ns)
+        batch.compute_infer.add(infer_ns)
+        batch.compute_output.add(output_ns)
 
     def percentile_seconds(self, share: float) -> float:
         """Nearest-rank percentile of the last window; 0 when it is empty."""

@@ -5,7 +5,7 @@ its manifest's canonical file list, so two folders with the same bytes under the
 lie and whatever metadata stands beside them. This module neither moves folders nor decides about them.
 
     models/policy/3/manifest.json   {"format": 1, "files": [{"path", "size_bytes", "blake3"}], "digest": "blake3:...", "metadata": {}}
-    models/policy/3/model.toml      name, engine, file, inputs, outputs, source (run, checkpoint, step), export (figures)
+    models/policy/3/model.toml      name, engine, file, inputs, outputs, source (run, checkpoint, step), export (figures), batching
     models/policy/3/model.onnx
 """
 
@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -83,6 +83,32 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchingSpec:
+    """The table `[batching]`: its maker says that each row of the first dimension is answered by itself, so that requests may run together.
+
+    Attributes:
+        max_rows: of a run. A larger request runs alone.
+        preferred_rows: sizes that the engine likes, ascending; the largest that is reached is run, the rest waits for the next run.
+        max_delay_ms: how long a request may wait for company while the engine is free.
+        max_run_ms: no batch grows beyond what is measured to take longer (nor beyond twice one row's time, if that is more).
+        priority_levels: 1 is served first; a request without a level, or with one that there is not, gets `default_priority`.
+        queue_limit: requests waiting for this version; 0 leaves it to the replica's limit.
+        timeout_ms: the longest wait in the queue, 0 for none; `timeout_action` says whether it is then refused, or served behind the others.
+    """
+
+    enabled: bool = True
+    max_rows: int = 64
+    preferred_rows: tuple[int, ...] = ()
+    max_delay_ms: float = 0.0
+    max_run_ms: float = 50.0
+    priority_levels: int = 1
+    default_priority: int = 1
+    queue_limit: int = 0
+    timeout_ms: float = 0.0
+    timeout_action: str = "reject"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What `model.toml` says. `source` and `export` are flat tables of strings and numbers, shown and passed on, not interpreted here.
 
@@ -90,6 +116,7 @@ class ModelSpec:
         file: the model file, relative to the folder.
         source: where it came from: run, checkpoint, attempt, step, digest.
         export: figures of the export: max_abs_error, max_rel_error, num_samples, opset.
+        batching: None where the maker said nothing: each request then runs by itself.
     """
 
     name: str
@@ -99,6 +126,7 @@ class ModelSpec:
     file: str = "model.onnx"
     source: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     export: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    batching: BatchingSpec | None = None
 
     @property
     def step(self) -> int:
@@ -239,7 +267,7 @@ def read_spec(folder: Path) -> ModelSpec:
 
 def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
     """`ModelSpec` from a parsed `model.toml`; unknown keys are refused."""
-    unknown = sorted(set(table) - {"name", "engine", "file", "inputs", "outputs", "source", "export"})
+    unknown = sorted(set(table) - {"name", "engine", "file", "inputs", "outputs", "source", "export", "batching"})
     if unknown:
         raise _invalid(unknown[0], f"model.toml: unknown key {unknown[0]!r}")
     name, engine, file = (
@@ -260,7 +288,62 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
         outputs=_parse_tensors(table, "outputs"),
         source=_parse_flat(table, "source"),
         export=_parse_flat(table, "export"),
+        batching=_parse_batching(table["batching"]) if "batching" in table else None,
     )
+
+
+def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
+
+
+def _milliseconds(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) in (int, float) and low <= value <= high, f"milliseconds from {low:g} to {high:g}"
+
+
+_BATCHING: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "enabled": (lambda value: type(value) is bool, "true or false"),
+    "max_rows": _whole(1, 65_536),
+    "preferred_rows": (
+        lambda value: (
+            isinstance(value, list | tuple)
+            and all(type(rows) is int and rows >= 1 for rows in value)
+            and list(value) == sorted(set(value))
+        ),
+        "a list of ascending whole numbers from 1 up",
+    ),
+    "max_delay_ms": _milliseconds(0, 1000),
+    "max_run_ms": _milliseconds(0.001, 60_000),
+    "priority_levels": _whole(1, 16),
+    "default_priority": _whole(1, 16),
+    "queue_limit": _whole(0, 65_536),
+    "timeout_ms": _milliseconds(0, 60_000),
+    "timeout_action": (lambda value: value in ("reject", "continue"), "reject or continue"),
+}
+
+
+def _parse_batching(table: Any) -> BatchingSpec:
+    if not isinstance(table, dict):
+        raise _invalid("batching", "model.toml: batching: a table is needed")
+    for key, value in table.items():
+        if key not in _BATCHING:
+            raise _invalid(
+                f"batching.{key}", f"model.toml: batching: unknown key {key!r}; known: {', '.join(_BATCHING)}"
+            )
+        fits, wanted = _BATCHING[key]
+        if not fits(value):
+            raise _invalid(f"batching.{key}", f"model.toml: batching.{key}: {value!r} is not {wanted}")
+    made = BatchingSpec(**{**table, "preferred_rows": tuple(table.get("preferred_rows", ()))})
+    if made.preferred_rows and made.preferred_rows[-1] > made.max_rows:
+        raise _invalid(
+            "batching.preferred_rows",
+            f"model.toml: batching.preferred_rows: {made.preferred_rows[-1]} is above max_rows, {made.max_rows}",
+        )
+    if made.default_priority > made.priority_levels:
+        raise _invalid(
+            "batching.default_priority",
+            f"model.toml: batching.default_priority: {made.default_priority} is above priority_levels, {made.priority_levels}",
+        )
+    return made
 
 
 def _parse_tensors(table: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
@@ -308,6 +391,9 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
     for key, table in (("source", spec.source), ("export", spec.export)):
         if table:
             lines += ["", f"[{key}]", *(f"{_toml(str(k))} = {_toml(v)}" for k, v in table.items())]
+    if spec.batching is not None:
+        pairs = [(f.name, getattr(spec.batching, f.name)) for f in fields(spec.batching)]
+        lines += ["", "[batching]", *(f"{k} = {list(v) if isinstance(v, tuple) else _toml(v)}" for k, v in pairs)]
     write_durably(folder / SPEC_FILE, ("\n".join(lines) + "\n").encode())
 
 

@@ -27,7 +27,7 @@ RAW_ONLY = frozenset(NUMPY_TYPES) - frozenset(tensors.TYPED_FIELDS)
 class InferCall:
     """A ModelInferRequest as the data plane takes it."""
 
-    __slots__ = ("_request", "deadline", "model", "outputs", "request_id", "version")
+    __slots__ = ("_request", "deadline", "model", "outputs", "priority", "request_id", "version")
 
     def __init__(self, request: pb.ModelInferRequest, deadline: float | None) -> None:
         if not request.model_name:
@@ -38,6 +38,7 @@ class InferCall:
         self.request_id = request.id
         self.outputs: Sequence[str] = _outputs(request) if request.outputs else ()
         self.deadline = deadline
+        self.priority = _priority(request) if "priority" in request.parameters else 0
 
     def decode(self, slot: Slot) -> dict[str, Array]:
         """The inputs by name, checked against the slot's signature; views on the request's bytes where they came raw."""
@@ -60,6 +61,16 @@ class InferCall:
             if tensor.HasField("contents"):
                 raise invalid(f"inputs[{index}].contents", "elements are given both here and in raw_input_contents")
         return {t.name: tensors.decode_raw(t, raw[i], i) for i, t in enumerate(described)}
+
+
+def _priority(request: pb.ModelInferRequest) -> int:
+    """Triton's clients send it unsigned, JSON ones as an int64."""
+    parameter = request.parameters["priority"]
+    if parameter.WhichOneof("parameter_choice") not in ("int64_param", "uint64_param"):
+        raise InvalidArgument(
+            "parameters.priority: a whole number is needed", reason="INVALID_PARAMETER", field="parameters.priority"
+        )
+    return int(parameter.uint64_param or parameter.int64_param)
 
 
 def _outputs(request: pb.ModelInferRequest) -> list[str]:

@@ -287,7 +287,7 @@ def _statistics(slot: Slot) -> pb.ModelStatistics:
         version=slot.version,
         last_inference=stats.last_at_ms,
         inference_count=stats.num_rows,
-        execution_count=stats.success.count,
+        execution_count=stats.num_runs,
         inference_stats=pb.InferStatistics(
             success=_duration(stats.success),
             fail=_duration(stats.failure),
@@ -296,4 +296,13 @@ def _statistics(slot: Slot) -> pb.ModelStatistics:
             compute_infer=_duration(stats.compute_infer),
             compute_output=_duration(stats.compute_output),
         ),
+        batch_stats=[
+            pb.InferBatchStatistics(
+                batch_size=rows,
+                compute_input=_duration(batch.compute_input),
+                compute_infer=_duration(batch.compute_infer),
+                compute_output=_duration(batch.compute_output),
+            )
+            for rows, batch in sorted(stats.batches.items())
+        ],
     )

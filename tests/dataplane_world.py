@@ -1,0 +1,96 @@
+"""One replica without a listener: the data plane and its commands over real ONNX models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import onnx_models
+from interlock.core.route import Route, Weight
+from interlock.errors import InterlockError
+from interlock.runtime.clock import SystemClock
+from interlock_inference.assignment import AssignmentFile
+from interlock_inference.dataplane import DataPlane
+from interlock_inference.engines import Array
+from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.recorder import Recorder
+from interlock_inference.replica import Replica, Wanted
+from interlock_inference.slots import Registry, Slot
+
+
+class Nobody:
+    """Observes nothing."""
+
+    def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
+        """Ignored."""
+
+    def ran(self, slot: Slot, rows: int) -> None:
+        """Ignored."""
+
+
+@dataclass
+class Call:
+    """A request with its inputs at hand."""
+
+    inputs: dict[str, Array]
+    model: str = "policy"
+    version: str = ""
+    request_id: str = ""
+    outputs: Sequence[str] = ()
+    deadline: float | None = None
+    priority: int = 0
+    decoded: list[str] = field(default_factory=list)
+
+    def decode(self, slot: Slot) -> dict[str, Array]:
+        self.decoded.append(slot.version)
+        return self.inputs
+
+
+@dataclass
+class World:
+    """One replica without a listener."""
+
+    home: Path
+    registry: Registry
+    plane: DataPlane
+    replica: Replica
+    recorder: Recorder
+
+    def artifact(self, version: str, body: bytes | None = None, **more: Any) -> str:
+        folder = self.home / "models" / "policy" / version
+        onnx_models.write_version(folder, body or onnx_models.constant(float(version)), **more)
+        return str(folder)
+
+    async def load(self, version: str, body: bytes | None = None, **more: Any) -> Slot:
+        async for _ in self.replica.prepare(Wanted("policy", version, self.artifact(version, body, **more))):
+            pass
+        slot, _ = await self.replica.warm("policy", version, 0)
+        return slot
+
+    async def route(self, epoch: int, *versions: str, token: int = 1) -> None:
+        weights = tuple(Weight(version, 1) for version in versions)
+        await self.replica.apply_route(token, Route("policy", epoch, weights), versions[0] if versions else "", 0.0)
+
+
+def a_call(rows: int = 1, **more: object) -> Call:
+    return Call({"x": np.ones((rows, 4), np.float32)}, **more)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def dataplane_world(home: Path, file: AssignmentFile | None = None, **options: int) -> AsyncIterator[World]:
+    registry, recorder = Registry(), Recorder()
+    plane = DataPlane(registry, recorder, Nobody(), **options)
+    async with asyncio.TaskGroup() as tasks:
+        file = file or AssignmentFile(home / "replica.json")
+        replica = Replica(registry, recorder, file, SystemClock(), tasks, options=OnnxOptions(), warmup_iterations=5)
+        try:
+            yield World(home, registry, plane, replica, recorder)
+        finally:
+            await asyncio.to_thread(plane.close)
+            replica.close()
