@@ -49,7 +49,7 @@ class Remote:
     def fence(self) -> pb.Fence:
         return pb.Fence(token=self.token)
 
-    def artifact(self, version: str, body: bytes | None = None, *, model: str = "policy", **more: int) -> str:
+    def artifact(self, version: str, body: bytes | None = None, *, model: str = "policy", **more: Any) -> str:
         folder = self.home / "models" / model / version
         onnx_models.write_version(folder, body or onnx_models.constant(float(version)), name=model, **more)
         return str(folder)
@@ -64,7 +64,7 @@ class Remote:
         return [message async for message in CALLER.stream(self.runtime.Prepare, request, timeout=60)]
 
     async def load(
-        self, version: str, body: bytes | None = None, *, model: str = "policy", **more: int
+        self, version: str, body: bytes | None = None, *, model: str = "policy", **more: Any
     ) -> pb.WarmResponse:
         await self.prepare(version, self.artifact(version, body, model=model, **more), model=model)
         return await self.command(

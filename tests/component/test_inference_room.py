@@ -39,6 +39,7 @@ from interlock.errors import (
 )
 from interlock.runtime.access import Keys, Scope, hash_key, new_key
 from interlock.runtime.status import from_rpc_error
+from interlock.stores.artifacts import BatchingSpec
 from replica_world import CALLER, Remote, a_replica
 
 # tritonclient's own code
@@ -691,3 +692,33 @@ async def test_overload_is_shed_with_a_time_to_try_again(remote: Remote) -> None
     errors = [task.result() for task in tasks if task.result() is not None]
     assert 0 < len(errors) < 300
     assert all(isinstance(e, ResourceExhausted) and e.retry_after_seconds is not None for e in errors)
+
+
+async def test_batching_over_the_wire(remote: Remote) -> None:
+    """Sixteen at once on a slow model: fewer runs than requests, each with its own answer, and all of it counted."""
+    await remote.load("1", onnx_models.slow(1.0, size=300), batching=BatchingSpec(priority_levels=2))
+    await remote.route(1, "1")
+
+    async def ask(number: int) -> None:
+        request = infer_request(np.full((1 + number % 2, 4), number, np.float32))
+        request.parameters["priority"].uint64_param = number % 3
+        response = await infer(remote, request)
+        assert list(response.outputs[0].shape) == [1 + number % 2, 4]
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(16):
+            group.create_task(ask(number))
+    seen = await CALLER.unary(remote.oip.ModelStatistics, messages.ModelStatisticsRequest(name="policy"), timeout=5)
+    (stats,) = seen.model_stats
+    assert (stats.inference_count, stats.inference_stats.queue.count) == (24, 16)
+    assert stats.execution_count == sum(batch.compute_infer.count for batch in stats.batch_stats) < 16
+    assert sum(batch.batch_size * batch.compute_infer.count for batch in stats.batch_stats) == 24
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{remote.metrics_port}") as client:
+        text = (await client.get("/metrics")).text
+    assert f'interlock_infer_batch_rows_count{{model="policy",version="1"}} {stats.execution_count}.0' in text
+    assert 'interlock_infer_batch_rows_sum{model="policy",version="1"} 24.0' in text
+    wrong = infer_request(np.ones((1, 4), np.float32))
+    wrong.parameters["priority"].string_param = "high"
+    with pytest.raises(InvalidArgument) as refused:
+        await infer(remote, wrong)
+    assert (refused.value.reason, refused.value.field) == ("INVALID_PARAMETER", "parameters.priority")
