@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Call:
     """One row for a model."""
 
     version = request_id = ""
-    outputs: tuple[str, ...] = ()
+    outputs: Sequence[str] = ()
     deadline: float | None = None
     priority = 0
 
@@ -172,9 +172,9 @@ def through_grpc(address: str, model: str, inputs: dict[str, Array], in_flight: 
             group.create_task(traffic.run(stopping))
             await asyncio.sleep(seconds)
             stopping.set()
-        report = traffic.report().as_dict()
-        assert not report["failed"], report
-        return float(report["requests"]) / (time.perf_counter() - start)
+        report = traffic.report()
+        assert not report.failed, report.errors
+        return report.count / (time.perf_counter() - start)
 
     return measure
 
