@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,50 @@ def test_events_resume_and_do_not_hold_up_the_end(tmp_path: Path) -> None:
         holder.join(60)
         assert ended, "the open stream ended"
         assert "graceful shutdown exceeded" not in rooms.log("gateway"), "it was ended, not cut at the 30 s limit"
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """A file system of its own below `folder`, small enough to fill. It takes root."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this user may not mount a small file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Writes until nothing more fits."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_a_full_disk_costs_checkpoints_and_nothing_else(tmp_path: Path) -> None:
+    """Training goes on and stays guarded, the failure is said, what was saved stays, and saves work again once there is room."""
+    with small_disk(tmp_path / "runs", 4), running(tmp_path) as rooms, rooms.http() as client:
+
+        def run() -> dict[str, Any]:
+            return dict(client.get("/runs/r1").json())
+
+        def good() -> set[str]:
+            listed = client.get("/runs/r1/checkpoints").json()["checkpoints"]
+            return {c["name"] for c in listed if c["state"] == "STATE_GOOD"}
+
+        a_run(client)
+        before = until(good, "a good checkpoint", 40)
+        fill(tmp_path / "runs" / "ballast")
+        until(lambda: "SAVE_FAILED: [Errno 28]" in run()["message"], "the failure is said", 30)
+        full = run()
+        until(lambda: int(run()["seq"]) > int(full["seq"]) + 200, "steps still come in", 30)
+        assert (run()["state"], good() & before) == ("STATE_RUNNING", before)
+        assert client.post("/runs/r1/rollback").status_code == 200
+        until(lambda: run()["attempt"] == 2 and run()["state"] == "STATE_RUNNING", "rolled back on a full disk", 20)
+        (tmp_path / "runs" / "ballast").unlink()
+        until(lambda: good() - before, "a new good checkpoint", 30)
+        assert run()["message"] == ""
+        steps = client.get("/runs/r1/metrics?limit=100000").json()["records"]
+        assert [int(step["step"]) for step in steps] == list(range(1, len(steps) + 1)), "no step is missing"

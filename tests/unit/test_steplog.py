@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from interlock.core.steps import StepRecord
 from interlock.errors import FailedPrecondition
-from interlock.stores.steplog import StepLog, decode, encode, live_line, open_database
+from interlock.stores.steplog import LocalLog, StepLog, decode, encode, live_line, open_database
 
 METRICS = st.dictionaries(st.sampled_from(["loss", "kl", "reward", "grad norm"]), st.floats(allow_nan=True))
 
@@ -75,3 +75,31 @@ def test_it_survives_being_opened_again(tmp_path: Path) -> None:
     StepLog(first).append("r", records(1, 3))
     first.close()
     assert StepLog(open_database(tmp_path / "s.db")).read("r") == records(1, 3)
+
+
+def test_what_a_full_disk_refuses_is_read_from_memory_and_stored_later(tmp_path: Path) -> None:
+    connection = open_database(tmp_path / "steps.db")
+    log = LocalLog(connection)
+    log.append("r", records(1, 10))
+    full = connection.execute("PRAGMA page_count").fetchone()[0]
+    connection.execute(f"PRAGMA max_page_count={full}")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        log.append("r", records(11, 600))
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        log.append("r", records(601, 610))
+    assert log.num_waiting == 600
+    assert log.head("r") == 610
+    assert log.read("r", 5, 1000) == records(5, 610)
+    assert log.read("r", 300, 20) == records(300, 319)
+    connection.execute("PRAGMA max_page_count=100000")
+    assert log.append("r", []) == records(11, 610)
+    assert log.num_waiting == 0
+    assert StepLog(open_database(tmp_path / "steps.db")).read("r", 1, 1000) == records(1, 610)
+
+
+def test_a_lost_local_log_goes_on_after_what_the_trainer_has(tmp_path: Path) -> None:
+    log = LocalLog(open_database(tmp_path / "steps.db"))
+    log.begins_after = 500
+    assert log.head("r") == 500
+    log.append("r", records(501, 503))
+    assert log.read("r", 501) == records(501, 503)

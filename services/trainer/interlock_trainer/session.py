@@ -38,6 +38,7 @@ from interlock_trainer.watching import Change, Hub
 _log = structlog.get_logger(__name__)
 TERMINAL = ("completed", "failed")
 INTERRUPTED = "INTERRUPTED"
+SAVE_FAILED = "SAVE_FAILED"
 PERSIST_SECONDS = 2.0  # how much judging a restart repeats at most
 PROGRESS_SECONDS = 1.0  # how often watchers hear of mere steps
 
@@ -347,7 +348,9 @@ class Session:
             elif isinstance(event, terms.Saved):
                 self._set_info(replace(info, state=self._state_of(info.checkpoint)))
                 self.state, commands = supervision.durable(self.state, info.checkpoint)
+                self._say_saving("")
             elif event.deleted:
+                self._say_saving(info.message)
                 self._forget(info.checkpoint)
             else:
                 self.state = supervision.damaged(self.state, info.checkpoint, info.message)
@@ -362,6 +365,13 @@ class Session:
             self.announce(checkpoint=self.infos[info.checkpoint])
         self._after(told, commands)
         self._expire()
+
+    def _say_saving(self, problem: str) -> None:
+        """Shows on the run that its saves fail, until one succeeds; a run that waits for a person says that instead."""
+        if problem:
+            _log.error("checkpoint_not_saved", run=self.run, problem=problem)
+        if self.row.message.startswith(SAVE_FAILED) or (problem and not self.row.message):
+            self._edit(message=f"{SAVE_FAILED}: {problem}; training goes on" if problem else "")
 
     def _state_of(self, checkpoint: str) -> CheckpointState:
         states = {entry.checkpoint: entry.state for entry in self.state.ledger.entries}

@@ -24,6 +24,7 @@ from interlock.core.steps import StepRecord
 from interlock.errors import FailedPrecondition
 from interlock.stores.sqlite import opening
 
+CHUNK = 256
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunks (
   run TEXT NOT NULL, seq_lo INTEGER NOT NULL, seq_hi INTEGER NOT NULL, step_lo INTEGER NOT NULL, step_hi INTEGER NOT NULL,
@@ -92,6 +93,9 @@ class StepLog:
 
     def head(self, run: str) -> int:
         """The highest seq stored; 0 when there is none."""
+        return self._stored_head(run)
+
+    def _stored_head(self, run: str) -> int:
         with self._lock:
             row = self._connection.execute(
                 "SELECT seq_hi FROM chunks WHERE run = ? ORDER BY seq_lo DESC LIMIT 1", (run,)
@@ -105,7 +109,7 @@ class StepLog:
             FailedPrecondition: `SEQ_GAP`: the first new record does not follow the head.
         """
         with self._lock:
-            head = self.head(run)
+            head = self._stored_head(run)
             fresh = [record for record in records if record.seq > head]
             if not fresh:
                 return []
@@ -151,6 +155,53 @@ class StepLog:
                     "SELECT body FROM chunks WHERE run = ? AND seq_lo = ?", (run, seq_lo)
                 ).fetchone()[0]
             yield from (record for record in decode(seq_lo, body) if from_step <= record.step <= to_step)
+
+
+class LocalLog(StepLog):
+    """A loop's own log of its one run. What the disk refuses stays in memory, can be read, and is written first when the disk is back.
+
+    Attributes:
+        begins_after: a seq that the trainer has stored; a log that was lost or cut goes on after it.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        super().__init__(connection)
+        self._waiting: list[StepRecord] = []
+        self.begins_after = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Records that are not on disk yet."""
+        return len(self._waiting)
+
+    def _stored_head(self, run: str) -> int:
+        return max(super()._stored_head(run), self.begins_after)
+
+    def head(self, run: str) -> int:
+        """The highest seq stored or waiting."""
+        with self._lock:
+            return self._waiting[-1].seq if self._waiting else self._stored_head(run)
+
+    def append(self, run: str, records: Sequence[StepRecord]) -> list[StepRecord]:
+        """Stores what is waiting, then these.
+
+        Raises:
+            sqlite3.Error: the disk refuses; the records wait.
+        """
+        with self._lock:
+            self._waiting += records
+            stored: list[StepRecord] = []
+            while self._waiting:
+                stored += super().append(run, self._waiting[:CHUNK])
+                del self._waiting[:CHUNK]
+            return stored
+
+    def read(self, run: str, from_seq: int = 1, limit: int = 1000) -> list[StepRecord]:
+        """As the log's, and then what is waiting."""
+        with self._lock:
+            found = super().read(run, from_seq, limit)
+            after = found[-1].seq + 1 if found else from_seq
+            return (found + [record for record in self._waiting if record.seq >= after])[:limit]
 
 
 def live_line(records: Iterable[StepRecord]) -> list[StepRecord]:

@@ -1,7 +1,8 @@
 """The courier: a thread that takes what the loop leaves, writes it to the local log and tells the supervisor. The loop never waits for it.
 
 The loop appends to a bounded deque (100,000 events: minutes of a fast loop; beyond it steps are counted as dropped, not stored). A full
-disk or a supervisor that fails costs records or judgement, never the training: both are logged and tried again.
+disk or a supervisor that fails never stops the training: records that cannot be written wait in memory, within the same bound, and are
+judged all the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 import structlog
 
 from interlock.core.steps import StepRecord
-from interlock.stores.steplog import StepLog
+from interlock.stores.steplog import LocalLog
 from interlock.training.terms import Event, Supervisor
 
 _log = structlog.get_logger(__name__)
@@ -25,13 +26,14 @@ FLUSH_SECONDS = 0.05
 class Courier:
     """Carries one loop's events. With `synchronous`, `flush` in the loop's own thread does all the work: for tests and short steps."""
 
-    def __init__(self, run: str, log: StepLog, supervisor: Supervisor, *, synchronous: bool) -> None:
+    def __init__(self, run: str, log: LocalLog, supervisor: Supervisor, *, synchronous: bool) -> None:
         self._run = run
         self._log = log
         self._supervisor = supervisor
         self._outbox: deque[Event] = deque()
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._refused = ""
         self.num_dropped = 0
         self._thread = (
             None if synchronous else threading.Thread(target=self._work, name="interlock-courier", daemon=True)
@@ -46,7 +48,7 @@ class Courier:
 
     def full(self) -> bool:
         """Whether the next step must be dropped; counts it."""
-        if len(self._outbox) < BOUND:
+        if len(self._outbox) + self._log.num_waiting < BOUND:
             return False
         self.num_dropped += 1
         return True
@@ -61,18 +63,24 @@ class Courier:
             batch: list[Event] = []
             while self._outbox and len(batch) < BOUND:
                 batch.append(self._outbox.popleft())
-            if not batch:
-                return
             batch = [_settled(event) for event in batch]
             self._store([event for event in batch if isinstance(event, StepRecord)])
-            self._tell(batch)
+            if batch:
+                self._tell(batch)
 
     def _store(self, records: Sequence[StepRecord]) -> None:
+        if not records and not self._log.num_waiting:
+            return
+        refused = ""
         try:
-            for begin in range(0, len(records), 256):
-                self._log.append(self._run, records[begin : begin + 256])
+            self._log.append(self._run, records)
         except Exception as error:  # noqa: BLE001 - a full disk must not stop training
-            _log.error("steps_not_stored", run=self._run, num_records=len(records), error=str(error))
+            refused = str(error)
+        if refused and refused != self._refused:  # once, not twenty times a second
+            _log.error("steps_not_stored", run=self._run, num_waiting=self._log.num_waiting, error=refused)
+        if self._refused and not refused:
+            _log.warning("steps_stored_again", run=self._run)
+        self._refused = refused
 
     def _tell(self, batch: list[Event]) -> None:
         try:

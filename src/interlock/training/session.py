@@ -20,7 +20,7 @@ from interlock.core.retention import Better
 from interlock.errors import DataLoss, InvalidArgument, NotFound
 from interlock.runtime.clock import SystemClock
 from interlock.stores.checkpoints import CheckpointStore, Loaded, failpoint
-from interlock.stores.steplog import StepLog, open_database
+from interlock.stores.steplog import LocalLog, StepLog, open_database
 from interlock.training.capture import Stateful
 from interlock.training.courier import Courier
 from interlock.training.data import Feed
@@ -113,9 +113,10 @@ def attach(
     folder = Path(home or os.environ.get("INTERLOCK_HOME", ".interlock")) / "runs" / name
     store = CheckpointStore(folder / "checkpoints", failpoint())
     store.sweep()
-    steplog = StepLog(open_database(folder / "steps.db"))
+    steplog = LocalLog(open_database(folder / "steps.db"))
     hello = _hello(name, steplog, full_policy, serve, store, recipe)
     supervisor, start = _supervisor(trainer, hello, folder, steplog, connect_seconds)
+    steplog.begins_after = start.acknowledged_seq
     parts = Parts(
         name=name,
         components=components,
