@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,7 +21,7 @@ from interlock.api.controller.v1 import route_service_pb2_grpc as pb_grpc
 from interlock.errors import Aborted, DeadlineExceeded, Internal, PermissionDenied, Unauthenticated, Unavailable
 from interlock.runtime import channels
 from interlock.runtime.access import KEY_HEADER, Keys, Scope, hash_key, new_key
-from interlock.runtime.lifecycle import GrpcRoom
+from interlock.runtime.lifecycle import GrpcRoom, _written
 
 SERVICE = "interlock.api.controller.v1.RouteService"
 
@@ -207,3 +209,66 @@ async def test_a_taken_port_is_said(tmp_path: Path) -> None:
         other = GrpcRoom(asyncio.Event(), Keys(tmp_path))
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{room_.port}"):
             await other.start("127.0.0.1", room_.port)
+
+
+async def test_stopping_in_the_middle_of_a_write_breaks_no_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Health's Watch writes by itself. Cut inside a write, its end would be a second operation at once, which gRPC refuses."""
+
+    async def read(call: Any) -> None:
+        with contextlib.suppress(aio.AioRpcError):  # one that came after the end is refused, and that is right
+            async for _ in call:
+                pass
+
+    request = health_pb2.HealthCheckRequest(service=SERVICE)
+    for attempt in range(40):
+        async with room(tmp_path) as (room_, _, channel):
+            stub = health_pb2_grpc.HealthStub(channel)
+            await stub.Check(request)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(20):
+                    group.create_task(read(stub.Watch(request)))
+                await asyncio.sleep(attempt * 0.0002)
+                room_.stopping.set()
+    assert "ExecuteBatchError" not in caplog.text
+
+
+async def test_what_a_handler_writes_by_itself_becomes_a_stream() -> None:
+    seen: list[str] = []
+
+    async def writes(request: str, context: Any) -> None:
+        for number in range(3):
+            await context.write(f"{request}{number}")
+            seen.append(context.peer())
+
+    context = SimpleNamespace(peer=lambda: "somebody")
+    assert [message async for message in _written(writes, "m", context)] == ["m0", "m1", "m2"]
+    assert seen == ["somebody"] * 3
+
+
+async def test_an_error_of_a_handler_that_writes_by_itself_is_the_streams() -> None:
+    async def breaks(request: str, context: Any) -> None:
+        await context.write("one")
+        raise Aborted("no", reason="STALE_EPOCH")
+
+    stream = _written(breaks, "", None)
+    assert await anext(stream) == "one"
+    with pytest.raises(Aborted):
+        await anext(stream)
+
+
+async def test_leaving_a_stream_ends_its_handler() -> None:
+    ended = asyncio.Event()
+
+    async def endless(request: str, context: Any) -> None:
+        try:
+            while True:
+                await context.write("again")
+        finally:
+            ended.set()
+
+    stream = _written(endless, "", None)
+    assert await anext(stream) == "again"
+    await stream.aclose()
+    assert ended.is_set()

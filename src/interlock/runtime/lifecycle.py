@@ -7,6 +7,7 @@ telemetry -> close stores. Watches are ended by us: an open stream would otherwi
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import sys
@@ -73,19 +74,54 @@ class _EndWatches(aio.ServerInterceptor):
 
     def _ending(self, behaviour: Callable[..., Any], _method: str) -> Callable[..., Any]:
         async def ending(request: Any, context: Any) -> AsyncIterator[Any]:
-            result = behaviour(request, context)
-            stream = result if hasattr(result, "__aiter__") else _as_stream(result)
+            writes = inspect.iscoroutinefunction(behaviour)
+            stream = _written(behaviour, request, context) if writes else behaviour(request, context)
             async for message in until(stream, self._stopping):
                 yield message
 
         return ending
 
 
-async def _as_stream(coroutine: Awaitable[None]) -> AsyncIterator[Any]:
-    """A handler that writes by itself, as a stream that yields nothing."""
-    await coroutine
-    for nothing in list[Any]():
-        yield nothing
+class _Writer:
+    """A call's context whose `write` hands the message to a stream instead of the wire."""
+
+    def __init__(self, context: Any, messages: asyncio.Queue[Any]) -> None:
+        self._context = context
+        self._messages = messages
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        """Returns when there is room for one more."""
+        await self._messages.put(message)
+
+
+async def _written(behaviour: Callable[..., Awaitable[None]], request: Any, context: Any) -> AsyncIterator[Any]:
+    """What a handler writes by itself, as a stream. Ending it then never cuts a write on the wire in two, which gRPC answers with an error."""
+    messages: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)  # one: the handler is as fast as its reader
+
+    async def handle() -> None:
+        await behaviour(request, _Writer(context, messages))
+        await messages.put(_END)
+
+    handling = asyncio.ensure_future(handle())  # noqa: TID251  lives and dies inside this generator
+    try:
+        while True:
+            taking = asyncio.ensure_future(messages.get())  # noqa: TID251  as above
+            try:
+                await asyncio.wait({taking, handling}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                taking.cancel()  # of no effect on one that has its message
+            if not taking.done() or taking.cancelled():
+                handling.result()  # the handler failed: its error is the stream's
+                return
+            if taking.result() is _END:
+                return
+            yield taking.result()
+    finally:
+        handling.cancel()
+        await asyncio.wait({handling})
 
 
 async def until(stream: AsyncIterator[Any], stopping: asyncio.Event) -> AsyncIterator[Any]:
