@@ -35,7 +35,7 @@ from interlock.stores import artifacts
 from interlock.stores.artifacts import ModelSpec, TensorSpec
 
 MODEL = "bench"
-SIZES = {"tiny": (16, 64, 64, 8), "mid": (784, 1024, 1024, 10)}
+SIZES = {"tiny": (16, 64, 64, 8), "mid": (784, 1024, 1024, 10), "wide": (784, 4096, 4096, 10)}
 CALLER = Caller()
 
 

@@ -1,6 +1,7 @@
 """Requests that find together while the engine is busy: who goes with whom, who gets what, and that nothing is left behind."""
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,41 @@ async def test_swaps_of_batching_models_under_load_fail_nothing(tmp_path: Path) 
         assert all(values == {float(version)} for version, values in answers)
         slot = world.registry.find("policy", "7")
         assert (world.plane.num_queued, slot.in_flight) == (0, 0)
+
+
+async def test_a_stall_in_one_thread_does_not_hold_back_the_next_batch() -> None:
+    """Two threads: while one run is stuck, later requests of the same version go on in the other."""
+    async with a_world(SPEC, num_threads=2) as world, asyncio.TaskGroup() as group:
+        engine = world.engines["1"]
+        stuck = await world.hold(group)
+        engine.begun.clear()
+        second = world.ask(group, 1.0)
+        assert await asyncio.to_thread(engine.begun.wait, 30)
+        third = world.ask(group, 2.0)
+        await settled(world, 1)
+        assert engine.sizes == [1, 1]
+        engine.gate.set()
+        assert [values(await task) for task in (stuck, second, third)] == [[1000.0], [1.0], [2.0]]
+
+
+async def test_one_who_leaves_while_a_failed_batch_is_run_again_is_left_out() -> None:
+    async with a_world(SPEC) as world, asyncio.TaskGroup() as group:
+        engine = world.engines["1"]
+        await world.hold(group)
+        tasks = [world.ask(group, value) for value in (BAD, 1.0, 2.0)]
+        await settled(world, 3)
+        run, loop, left = engine.run, asyncio.get_running_loop(), threading.Event()
+
+        def leaving(inputs: Any, names: Any) -> Any:
+            if len(inputs["x"]) == 1 and inputs["x"][0, 0] == BAD:
+                loop.call_soon_threadsafe(tasks[1].cancel)
+                loop.call_soon_threadsafe(loop.call_soon, left.set)
+                assert left.wait(30)
+            return run(inputs, names)
+
+        engine.run = leaving  # type: ignore[method-assign]
+        engine.gate.set()
+        await asyncio.wait(tasks)
+        assert tasks[1].cancelled()
+        assert values(tasks[2].result()) == [2.0]
+        assert engine.sizes == [1, 3, 1, 1]

@@ -106,11 +106,11 @@ class Pace:
         size = _size(rows)
         if size in self._seconds:
             return self._seconds[size]
-        smaller = [s for s in self._seconds if s < size]
-        if smaller:
-            nearest = max(smaller)
+        sizes = list(self._seconds)  # in one step: another thread may be adding one
+        nearest = max((s for s in sizes if s < size), default=None)
+        if nearest is not None:
             return self._seconds[nearest] * float(2 ** (size - nearest))
-        return self._seconds[min(self._seconds)] if self._seconds else 0.0
+        return self._seconds[min(sizes)] if sizes else 0.0
 
     def relax(self, rows: int) -> None:
         """Brings an estimate that kept a batch small a little down, so that it is measured again some day."""
@@ -141,7 +141,10 @@ class Lane:
     @property
     def delay_seconds(self) -> float:
         """How long a request may be kept for company: longer than 0 only while no preferred number of rows (else `max_rows`) waits."""
-        spec, rows = self.spec, sum(entry.rows for entry in self._waiting)
+        spec = self.spec
+        if not spec.max_delay_ms:
+            return 0.0
+        rows = sum(entry.rows for entry in self._waiting)
         return 0.0 if rows >= min(spec.preferred_rows, default=spec.max_rows) else spec.max_delay_ms / 1e3
 
     def check_room(self) -> None:
@@ -298,7 +301,7 @@ def _together(engine: Engine, lane: Lane, entries: Sequence[Entry]) -> Run:
 
 
 def _alone(engine: Engine, lane: Lane, entry: Entry) -> Run:
-    if entry.deadline <= time.monotonic():
+    if entry.answer.done() or entry.deadline <= time.monotonic():  # gone, or late, while the others had their turn
         return Run((entry,), (expired(),))
     began = time.perf_counter_ns()
     try:
