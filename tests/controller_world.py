@@ -153,6 +153,12 @@ class FakeTrainer(run_service_pb2_grpc.RunServiceServicer, checkpoint_service_pb
     refuse_exports: int = 0
     broken: set[str] = field(default_factory=set)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    held: tuple[asyncio.Event, asyncio.Event] | None = None
+
+    def hold_exports(self) -> tuple[asyncio.Event, asyncio.Event]:
+        """Holds the next export: (it has begun, let it go on)."""
+        self.held = asyncio.Event(), asyncio.Event()
+        return self.held
 
     def promote(self, model: str = "policy", metric: str = "reward", **policy: Any) -> None:
         self.run.promotion.CopyFrom(run_service_pb2.PromotionPolicy(model=f"models/{model}", metric=metric, **policy))
@@ -206,6 +212,10 @@ class FakeTrainer(run_service_pb2_grpc.RunServiceServicer, checkpoint_service_pb
 
     async def Export(self, request: Any, _context: Any) -> Any:
         self.exports.append(request.name)
+        if self.held is not None:
+            (reached, free), self.held = self.held, None
+            reached.set()
+            await free.wait()
         if request.name in self.broken:
             raise FailedPrecondition("torch and ONNX Runtime disagree", reason="EXPORT_MISMATCH")
         if self.refuse_exports:

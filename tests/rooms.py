@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,19 @@ class Rooms:
         process.wait(10)
         return int(process.pid)
 
+    def kill_all_and_start_again(self) -> None:
+        """SIGKILL to the supervisor, all rooms and all runs at once; then `interlock up` on the same home, ready."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):  # it went with its supervisor
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        log = self.home / "again.log"
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "interlock.cli", "up"], env=self.environment, stdout=out, stderr=out, text=True
+            )
+        until(lambda: "\nready " in log.read_text(), "ready again", START_SECONDS)
+
     def until_back(self, name: str, gone: int) -> None:
         """Waits until a killed room has a new process that answers `interlock status` as up."""
 
@@ -156,10 +169,12 @@ def running(home: Path, *arguments: str, **settings: str) -> Iterator[Rooms]:
         until(lambda: process.poll() is not None or "\nready " in log.read_text(), "rooms ready", START_SECONDS)
         assert process.poll() is None, log.read_text()
         yield rooms
+        process = rooms.process
         if process.poll() is None:  # a test that ended it by itself knows its exit code
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0, log.read_text()
     finally:
+        process = rooms.process
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()

@@ -177,6 +177,26 @@ async def test_a_decision_is_recorded_once_and_forbids_what_descends_from_it(tmp
         assert any("runs/r tripped kl" in sentence for sentence in story.sentences)
 
 
+async def test_a_checkpoint_that_falls_while_it_is_promoted_reaches_no_traffic(tmp_path: Path) -> None:
+    """Its version does not exist yet when the rollback forbids versions: the promotion has to look again."""
+    async with a_world(tmp_path) as (controller, trainer, _):
+        trainer.promote()
+        trainer.save(100, 20.0)
+        await routed(controller, "1")
+        exporting, fallen = trainer.hold_exports()
+        bad = trainer.save(300, 90.0)
+        async with asyncio.timeout(20):
+            await exporting.wait()
+        report = rollback_service_pb2.ReportRollbackRequest(rollback=proposed(quarantined_checkpoints=[bad]))
+        await controller.call("rollback", "ReportRollback", report)
+        fallen.set()
+        trainer.save(400, 95.0, attempt=2)
+        await routed(controller, "3")
+        forbidden = next(v for v in await versions(controller) if v.origin.checkpoint == bad)
+        assert forbidden.state == model_service_pb2.Version.STATE_QUARANTINED
+        assert forbidden.name not in {swap.spec.candidate_version for swap in await swaps(controller)}
+
+
 async def test_a_target_that_is_forbidden_here_is_replaced_by_an_older_one(tmp_path: Path) -> None:
     async with a_world(tmp_path) as (controller, trainer, _):
         older = trainer.save(100, 20.0)

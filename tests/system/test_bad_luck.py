@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+import onnx_models
 from rooms import environment, running, until
 
 pytestmark = [pytest.mark.system]
@@ -171,3 +172,45 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(tmp_path: Path) -> None:
         assert run()["message"] == ""
         steps = client.get("/runs/r1/metrics?limit=100000").json()["records"]
         assert [int(step["step"]) for step in steps] == list(range(1, len(steps) + 1)), "no step is missing"
+
+
+def test_a_rollback_in_the_middle_of_a_swap_is_that_swap_going_back(tmp_path: Path) -> None:
+    with running(tmp_path) as rooms, rooms.http() as client:
+        for number in (1, 2):
+            source = tmp_path / f"source-{number}"
+            onnx_models.write_version(source, onnx_models.constant(float(number)))
+            answer = client.post("/reload", json={"model": "m", "model_path": str(source)})
+            assert answer.status_code == 200, answer.text
+        swap = client.post("/swaps", json={"model": "m", "version": "1", "soak_seconds": 600}).json()["name"]
+        until(lambda: client.get(f"/{swap}").json()["state"] == "STATE_SOAKING", "the swap soaks", 20)
+        refused = client.post("/reload", json={"model": "m", "version": "2"})
+        assert (refused.status_code, refused.json()["reason"]) == (409, "SWAP_IN_PROGRESS")
+        answer = client.post("/admin/model/rollback", json={"model": "m"})
+        assert (answer.status_code, answer.json()["success"], answer.json()["swap"]) == (200, True, swap)
+        assert client.get("/version").json()["version"] == "2"
+
+
+def test_everything_killed_at_once_in_a_rollback_and_a_promotion(tmp_path: Path) -> None:
+    """The whole tree, by SIGKILL, with a run whose checkpoints are promoted: it starts again at once and goes on with one version."""
+    with running(tmp_path) as rooms, rooms.http() as client:
+        a_run(client, promote_to="policy", parameters={"pace_ms": 10})
+        until(lambda: client.get("/version").json().get("version"), "a version serves", 60)
+        assert client.post("/runs/r1/rollback").status_code == 200
+        rooms.kill_all_and_start_again()
+        run = until(lambda: serving(client, "/runs/r1"), "the run is known", 20)
+        assert int(run["rollback_count"]) == 1
+        until(lambda: int(client.get("/runs/r1").json()["seq"]) > int(run["seq"]) + 50, "the run goes on", 40)
+        assert client.post("/predict", json={"instances": [[0.0, 0.0, 0.0, 0.0]]}).status_code == 200
+        until(lambda: not client.get("/version").json()["active_swap"], "no swap is stuck", 30)
+        assert len(client.get("/models").json()["models"][0]["route"]["weights"]) == 1
+        steps = client.get("/runs/r1/metrics?limit=100000").json()["records"]
+        assert [int(step["step"]) for step in steps] == list(range(1, len(steps) + 1)), "no step is missing"
+
+
+def serving(client: httpx.Client, path: str) -> dict[str, Any]:
+    """The resource, or nothing while it is not to be had."""
+    try:
+        answer = client.get(path)
+    except httpx.HTTPError:
+        return {}
+    return dict(answer.json()) if answer.status_code == 200 else {}

@@ -24,6 +24,8 @@ INFER = [needs(Scope.INFER)]
 RELOAD_SECONDS = 120.0
 REGISTER_SECONDS = 60.0
 ADMIN = needs(Scope.ADMIN)
+GOING_BACK = frozenset({"REVERTING", "REVERTED"})
+"""A rollback in the middle of a swap is that swap going back: reverted is what was wanted of it."""
 
 
 class Reload(BaseModel):
@@ -115,21 +117,23 @@ async def _version_for(up: Upstreams, body: Reload, model: str, change: Any, pri
     return str(usable[0])
 
 
-async def _outcome(up: Upstreams, model: str, swap: Any, wait: bool) -> JSONResponse:
-    """200 with the ended swap, 412 when it ended without serving, 202 when nobody waited."""
+async def _outcome(
+    up: Upstreams, model: str, swap: Any, wait: bool, wanted: frozenset[str] = frozenset({"COMPLETED"})
+) -> JSONResponse:
+    """200 with the ended swap, 412 when it ended in a state that nobody wanted, 202 when nobody waited."""
     if wait:
         watch = up.caller.stream(up.swaps.WatchSwap, swap_pb.WatchSwapRequest(name=swap.name), timeout=RELOAD_SECONDS)
         async for message in watch:
             swap = message.swap
     body = {
-        "success": state_name(swap) == "COMPLETED",
+        "success": state_name(swap) in wanted,
         "swap": swap.name,
         "version": swap.spec.candidate_version,
         **reload_state(model, swap),
     }
     if not wait:
         return JSONResponse(body | {"success": True}, 202, headers={"location": f"/{swap.name}"})
-    if state_name(swap) in ENDED and state_name(swap) != "COMPLETED":
+    if state_name(swap) in ENDED - wanted:
         raise FailedPrecondition(
             f"the swap ended {state_name(swap)}: {swap.message}; {swap.stable_version or 'nothing'} serves as before",
             reason=swap.reason or "SWAP_FAILED",
@@ -152,7 +156,8 @@ async def rollback(
         quarantine=body.quarantine,
     )
     answer = await up.call(up.models.RollbackModel, asked, actor=principal.name)
-    return await _outcome(up, model, answer.swap, body.wait)
+    wanted = {"REVERTED"} if state_name(answer.swap) in GOING_BACK else {"COMPLETED"}
+    return await _outcome(up, model, answer.swap, body.wait, frozenset(wanted))
 
 
 @router.get("/version", dependencies=INFER)

@@ -15,7 +15,7 @@ import structlog
 from interlock.core.ports import Clock
 from interlock.core.promotion import PROMOTER, Contender, Hold, PromotionPolicy, Serving, best, judge, moved_back_by
 from interlock.core.swap import Concurrency, State, SwapSpec
-from interlock.errors import InterlockError
+from interlock.errors import FailedPrecondition, InterlockError
 from interlock.runtime import telemetry
 from interlock.runtime.changed import Changed
 from interlock.stores.controller import CheckpointRow, ControllerStore, PromotionRow, Request
@@ -195,14 +195,29 @@ class Promoter:
         """Takes a promotion as far as it goes now; False when it has to be tried again."""
         try:
             with telemetry.span("controller.promotion", parent=row.trace, checkpoint=row.checkpoint):
+                self._refuse_fallen(row)
                 if row.state == "EXPORTING":
                     row = await self._register(row)
+                    self._refuse_fallen(row)
                 if row.state == "REGISTERED":
                     row = self._swap(row)
         except InterlockError as error:
             return self._failed(row, error)
         await self._unpin(row)
         return True
+
+    def _refuse_fallen(self, row: PromotionRow) -> None:
+        """A rollback that undid the checkpoint while it was on its way forbids what has become of it.
+
+        Raises:
+            FailedPrecondition: `QUARANTINED`.
+        """
+        if row.checkpoint not in self._quarantined(row.run, row.model):
+            return
+        why = f"a rollback quarantined {row.checkpoint} while it was being promoted"
+        if row.version:
+            self._swaps.quarantine(row.model, row.version, why, PROMOTER, row.trace)
+        raise FailedPrecondition(why, reason="QUARANTINED", metadata={"checkpoint": row.checkpoint})
 
     async def _register(self, row: PromotionRow) -> PromotionRow:
         await self._trainer.pin(row.checkpoint, True)
