@@ -158,7 +158,10 @@ def test_the_choice(waiting: list[Waiting], per_row: float, spec: BatchingSpec) 
         assert {w.key for w in chosen} == {head.key}
         assert rows <= spec.max_rows
         assert rows * per_row <= max(spec.max_run_ms / 1e3, 2 * per_row)
-        assert rows * per_row < head.deadline or head.rows * per_row > head.deadline
+        joined = 0
+        for each in chosen:
+            joined += each.rows
+            assert rows * per_row <= each.deadline or joined * per_row > each.deadline, "met when it joined, and missed"
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.floats(1e-6, 10)), max_size=30), st.integers(1, 300))

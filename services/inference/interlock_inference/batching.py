@@ -248,7 +248,9 @@ def choose(
     if not waiting:
         return [], 0
     head = waiting[0]
-    chosen, rows, soonest = [head], head.rows, head.deadline
+    chosen, rows, soonest = [head], head.rows, math.inf
+    if head.deadline >= now + seconds(rows):  # a deadline that will be missed anyway holds nobody back
+        soonest = head.deadline
     if head.key is None or not combines:
         return chosen, 0
     longest = max(spec.max_run_ms / 1e3, 2 * seconds(1))  # where rows cost nothing extra, two take hardly more than one
@@ -258,10 +260,14 @@ def choose(
         total = rows + entry.rows
         if total > spec.max_rows:
             break
-        if seconds(total) > longest or now + seconds(rows) <= soonest < now + seconds(total):
+        expected = seconds(total)
+        end = now + expected
+        if expected > longest or end > soonest:
             return chosen, total
         chosen.append(entry)
-        rows, soonest = total, min(soonest, entry.deadline)
+        rows = total
+        if entry.deadline >= end:
+            soonest = min(soonest, entry.deadline)
     return _preferred(chosen, rows, spec.preferred_rows), 0
 
 
