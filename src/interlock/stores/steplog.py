@@ -17,6 +17,7 @@ import sqlite3
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
@@ -128,18 +129,16 @@ class StepLog:
     def read(self, run: str, from_seq: int = 1, limit: int = 1000) -> list[StepRecord]:
         """At most `limit` records from `from_seq` on, in order."""
         found: list[StepRecord] = []
-        while len(found) < limit:
-            with self._lock:
-                rows = self._connection.execute(
-                    "SELECT seq_lo, body FROM chunks WHERE run = ? AND seq_lo >= "
-                    "(SELECT coalesce(max(seq_lo), 0) FROM chunks WHERE run = ? AND seq_lo <= ?) ORDER BY seq_lo LIMIT 32",
-                    (run, run, from_seq),
-                ).fetchall()
-            fresh = [record for lo, body in rows for record in decode(lo, body) if record.seq >= from_seq]
-            if not fresh:
-                break
-            found += fresh
-            from_seq = fresh[-1].seq + 1
+        with self._lock, closing(self._connection.cursor()) as rows:
+            rows.execute(
+                "SELECT seq_lo, body FROM chunks WHERE run = ? AND seq_lo >= "
+                "(SELECT coalesce(max(seq_lo), 0) FROM chunks WHERE run = ? AND seq_lo <= ?) ORDER BY seq_lo",
+                (run, run, from_seq),
+            )
+            for seq_lo, body in rows:  # chunk by chunk: no more are decoded than are wanted
+                found += (record for record in decode(seq_lo, body) if record.seq >= from_seq)
+                if len(found) >= limit:
+                    break
         return found[:limit]
 
     def by_step(self, run: str, from_step: int, to_step: int) -> Iterator[StepRecord]:

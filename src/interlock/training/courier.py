@@ -1,8 +1,10 @@
 """The courier: a thread that takes what the loop leaves, writes it to the local log and tells the supervisor. The loop never waits for it.
 
-The loop appends to a bounded deque (100,000 events: minutes of a fast loop; beyond it steps are counted as dropped, not stored). A full
-disk or a supervisor that fails never stops the training: records that cannot be written wait in memory, within the same bound, and are
-judged all the same.
+The loop appends to a bounded deque (100,000 events: minutes of a fast loop; beyond it steps are counted as dropped, not stored). What is
+appended for a step is a plain tuple: records are made of it here, many at once, every `FLUSH_SECONDS`. More often would take more from the
+loop, which shares the interpreter; so a step is judged at most that much later (plus the judging), and an order obeyed at the next boundary.
+A full disk or a supervisor that fails never stops the training: records that cannot be written wait in memory, within the same bound, and
+are judged all the same.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -21,6 +23,10 @@ from interlock.training.terms import Event, Supervisor
 _log = structlog.get_logger(__name__)
 BOUND = 100_000
 FLUSH_SECONDS = 0.05
+_FLOAT = frozenset((float,))
+
+RawStep = tuple[int, int, int, float, dict[str, Any]]
+"""A StepRecord's fields; its metrics are floats, or one-element tensors of a device that nobody has waited for yet."""
 
 
 class Courier:
@@ -30,21 +36,17 @@ class Courier:
         self._run = run
         self._log = log
         self._supervisor = supervisor
-        self._outbox: deque[Event] = deque()
+        self._outbox: deque[Event | RawStep] = deque()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._refused = ""
         self.num_dropped = 0
+        self.synchronous = synchronous
         self._thread = (
             None if synchronous else threading.Thread(target=self._work, name="interlock-courier", daemon=True)
         )
         if self._thread:
             self._thread.start()
-
-    @property
-    def synchronous(self) -> bool:
-        """Whether the loop's thread does the work."""
-        return self._thread is None
 
     def full(self) -> bool:
         """Whether the next step must be dropped; counts it."""
@@ -53,17 +55,14 @@ class Courier:
         self.num_dropped += 1
         return True
 
-    def put(self, event: Event) -> None:
+    def put(self, event: Event | RawStep) -> None:
         """Leaves an event; costs an append."""
         self._outbox.append(event)
 
     def flush(self) -> None:
         """Carries everything that lies in the outbox."""
         with self._lock:
-            batch: list[Event] = []
-            while self._outbox and len(batch) < BOUND:
-                batch.append(self._outbox.popleft())
-            batch = [_settled(event) for event in batch]
+            batch = [_settled(self._outbox.popleft()) for _ in range(len(self._outbox))]
             self._store([event for event in batch if isinstance(event, StepRecord)])
             if batch:
                 self._tell(batch)
@@ -100,8 +99,11 @@ class Courier:
         self.flush()
 
 
-def _settled(event: Event) -> Event:
-    """A step whose device tensors have become numbers: the wait for the device happens here, not in the loop."""
-    if not isinstance(event, StepRecord) or all(type(value) is float for value in event.metrics.values()):
+def _settled(event: Event | RawStep) -> Event:
+    """The event; of a step its record, with numbers for device tensors: the wait for the device happens here, not in the loop."""
+    if not isinstance(event, tuple):
         return event
-    return replace(event, metrics={name: float(value) for name, value in event.metrics.items()})
+    attempt, seq, step, time, metrics = event
+    if not _FLOAT.issuperset(map(type, metrics.values())):
+        metrics = {name: float(value) for name, value in metrics.items()}
+    return StepRecord(attempt, seq, step, time, metrics)

@@ -36,11 +36,11 @@ class OptimizerHooks:
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self._rates: dict[int, list[Any]] = {}
+        self._scaled: set[int] = set()
         self._on_device = torch.cuda.is_available()
         self._handles: list[Any] = []
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
-            self._handles.append(optimizer.register_step_post_hook(self._after))
 
     def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         gradients = _gradients(optimizer)
@@ -51,15 +51,21 @@ class OptimizerHooks:
             self.metrics["gradient_norm"] = norm
             if not math.isfinite(norm):
                 self._skip(optimizer, gradients)
-        factor = self.factor()
-        groups = optimizer.param_groups
-        self.metrics["learning_rate"] = float(groups[0]["lr"]) * factor
+        factor = self.factor() if self.scales else 1.0
+        self.metrics["learning_rate"] = float(optimizer.param_groups[0]["lr"]) * factor
         if self._on_device:
             self.metrics["device_memory_bytes"] = float(torch.cuda.memory_allocated())
         if factor != 1.0:
-            self._rates[id(optimizer)] = [group["lr"] for group in groups]
-            for group in groups:
-                group["lr"] = group["lr"] * factor
+            self._scale(optimizer, factor)
+
+    def _scale(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        """Only an optimizer that was scaled once pays for the hook that puts the rate back."""
+        if id(optimizer) not in self._scaled:
+            self._scaled.add(id(optimizer))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+        self._rates[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
 
     def _skip(self, optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> None:
         bad = sum(not bool(torch.isfinite(gradient).all()) for gradient in gradients)
@@ -107,16 +113,19 @@ class OptimizerHooks:
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [
-        parameter.grad
+        gradient
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if parameter.grad is not None
+        if (gradient := parameter.grad) is not None
     ]
 
 
 def _total_norm(gradients: list[torch.Tensor]) -> float:
     """The norm of all gradients together; the one number of a step that a device is waited for, because it decides about the update."""
     first = gradients[0]
+    if first.is_cpu and type(first) is torch.Tensor:
+        # No device to wait for: reading every norm costs less than the two operations that would make one number of them.
+        return math.hypot(*[norm.item() for norm in torch._foreach_norm(gradients)])
     if any(gradient.device != first.device or gradient.dtype != first.dtype for gradient in gradients):
         return float(torch.nn.utils.get_total_norm(gradients))
     norms = torch._foreach_norm(gradients)

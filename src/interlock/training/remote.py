@@ -88,13 +88,15 @@ class Remote:
     def report(self, events: Sequence[Event]) -> None:
         """Takes events; steps are read from the log when they are sent."""
         with self._changed:
+            last = None
             for event in events:
                 if isinstance(event, StepRecord):
-                    self._head = event.seq
-                    self._introduce(event)
+                    self._head, last = event.seq, event
                 else:
                     self._remember(event)
                     self._events.append((self._head, event))
+            if last is not None:
+                self._introduce(last)
             self._changed.notify_all()
 
     def _introduce(self, record: StepRecord) -> None:

@@ -24,7 +24,7 @@ import torch
 from interlock.core.policy import RunPolicy
 from interlock.core.ports import Clock
 from interlock.core.recovery import Rollback
-from interlock.core.steps import StepRecord, checkpoint_id
+from interlock.core.steps import checkpoint_id
 from interlock.errors import AlreadyExists, DataLoss, InterlockError, InvalidArgument, NotFound
 from interlock.stores.artifacts import Manifest
 from interlock.stores.checkpoints import CheckpointStore, Loaded
@@ -128,9 +128,11 @@ class Run:
             self.boundary()
 
     def log(self, **metrics: Any) -> None:
-        """Adds metrics to the step under way: numbers or one-element tensors; a device is not waited for."""
+        """Adds metrics to the step under way: numbers or one-element tensors. A device is not waited for: its tensor is read within
+        `courier.FLUSH_SECONDS`, so do not change it in place."""
+        taken = self._metrics
         for name, value in metrics.items():
-            self._metrics[name] = _number(value)
+            taken[name] = value if type(value) is float else _number(value)
 
     def tick(self, **metrics: Any) -> Boundary:
         """Ends a step of a hand-written loop. After ROLLED_BACK, `run.step` is where it stands; data position is the loop's own."""
@@ -211,16 +213,18 @@ class Run:
         return self._parts.feed.next()
 
     def _end_step(self) -> None:
+        """Every step pays for this: an append of plain values, nothing else."""
         self.step += 1
-        metrics = {**self._parts.hooks.take_metrics(), **self._metrics}
+        parts, metrics = self._parts, self._parts.hooks.take_metrics()
+        metrics.update(self._metrics)
         if self.step <= self._poison_until and "loss" in metrics:
             metrics["loss"] = float("nan")
         self._last_metrics, self._metrics = metrics, {}
-        if not self._parts.courier.full():
+        if not parts.courier.full():
             self.seq += 1
-            now = self._parts.clock.now()
-            self._parts.courier.put(StepRecord(self.attempt, self.seq, self.step, now, metrics))
-        self._save_due = self._save_due or self.step % self.policy.save_every == 0
+            parts.courier.put((self.attempt, self.seq, self.step, parts.clock.now(), metrics))
+        if self.step % self.policy.save_every == 0:
+            self._save_due = True
 
     def boundary(self) -> None:
         """Between two steps: saves what is due, carries out orders, waits while paused."""
@@ -237,9 +241,10 @@ class Run:
             self._obey()
 
     def _obey(self) -> None:
-        if self._parts.courier.synchronous:
-            self._parts.courier.flush()
-        for order in self._parts.supervisor.orders():
+        parts = self._parts
+        if parts.courier.synchronous:
+            parts.courier.flush()
+        for order in parts.supervisor.orders():
             answer = self._seen.get(order.order)
             if order.order not in self._seen:
                 self._seen[order.order] = None
@@ -477,10 +482,8 @@ def _info_of(loaded: Loaded) -> CheckpointInfo:
 
 
 def _number(value: Any) -> Any:
-    """A float, or a device tensor that the courier reads later."""
-    if type(value) is float:
-        return value
+    """A float, or a device tensor that the courier reads later. A number in memory is read at once: cheaper than keeping its tensor, and
+    the loop may go on to change it."""
     if isinstance(value, torch.Tensor):
-        value = value.detach()
-        return float(value) if value.device.type == "cpu" else value
+        return float(value.item()) if value.is_cpu else value.detach().reshape(())
     return float(value)

@@ -188,7 +188,7 @@ class Supervisor(Protocol):
         ...
 
     def orders(self) -> list[Order]:
-        """What is to be done, oldest first; each is given once."""
+        """What is to be done, oldest first; each is given once. Called after every step: with nothing to be done it takes no lock."""
         ...
 
     def close(self, error: str) -> None:
