@@ -16,10 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 PREFIX = "INTERLOCK_"
-OTHER_NAMES = frozenset(
-    {"INTERLOCK_CONFIG", "INTERLOCK_API_KEY", "INTERLOCK_FAILPOINT", "INTERLOCK_RUN", "INTERLOCK_TEST_SEEDS"}
-)
-"""Variables that are read elsewhere: the file's place, the command line's key, fault injection, the loop's run name, test volume."""
+OTHER_NAMES = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_API_KEY", "INTERLOCK_FAILPOINT", "INTERLOCK_SIM_SEEDS"})
+"""Variables that are read elsewhere: the file's place, the command line's key, fault injection, the simulator's test volume."""
 
 
 class _Room(BaseModel):
