@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -11,7 +12,7 @@ from typing import Any
 import structlog
 from opentelemetry.trace import SpanKind
 
-from interlock.errors import InterlockError, PermissionDenied, ResourceExhausted
+from interlock.errors import PermissionDenied, ResourceExhausted
 from interlock.runtime import telemetry
 from interlock.runtime.access import Keys, Scope, require
 from interlock.runtime.settings import is_loopback
@@ -56,7 +57,6 @@ class Gateway:
         self._keys = keys
         self._max_body = max_body_bytes
         self._local_only = is_loopback(host)
-        self.in_flight = 0
 
     async def __call__(self, scope: Scope_, receive: Receive, send: Send) -> None:
         """One request; websockets and lifespan are not spoken."""
@@ -66,13 +66,11 @@ class Gateway:
         method, path = scope["method"], scope["path"]
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or uuid.uuid4().hex[:16]
-        self.in_flight += 1
         try:
             await self._answer(
                 scope, headers, request_id, self._limited(receive, reply), self._counted(send, reply, request_id)
             )
         finally:
-            self.in_flight -= 1
             endpoint = str(scope.get("endpoint_template") or getattr(scope.get("route"), "path", "unknown"))
             verb = method if method in METHODS else "OTHER"
             metrics.observe(
@@ -160,13 +158,7 @@ class Gateway:
         return counted
 
 
-class _NoSpan:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_NO_SPAN = _NoSpan()
+_NO_SPAN = contextlib.nullcontext()
 
 
 def _span(scope: Scope_, headers: dict[bytes, bytes]) -> Any:
@@ -199,6 +191,3 @@ async def _send_whole(send: Send, status: int, headers: list[tuple[bytes, bytes]
         }
     )
     await send({"type": "http.response.body", "body": body})
-
-
-__all__ = ["Gateway", "InterlockError"]

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from interlock.api.oip import messages
-from interlock.errors import FailedPrecondition, InterlockError, NotFound, Unavailable
+from interlock.errors import FailedPrecondition, NotFound, Unavailable
 from interlock.runtime.arrays import encode_raw
 from interlock_gateway import codec
 from interlock_gateway.upstreams import Upstreams
@@ -167,6 +167,3 @@ def _identity(parameters: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
 def is_prediction(method: str, path: str) -> bool:
     """True for the routes that this module answers."""
     return method == "POST" and (path == "/predict" or INFER_PATH.fullmatch(path) is not None)
-
-
-__all__ = ["INFER_PATH", "InterlockError", "Predictor", "is_prediction"]

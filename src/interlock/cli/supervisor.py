@@ -50,7 +50,6 @@ class Room:
     address: str
     is_grpc: bool = True
     process: asyncio.subprocess.Process | None = None
-    restarts: int = 0
     was_up: bool = False
     log: Path = field(default_factory=Path)
 
@@ -136,7 +135,6 @@ class Supervisor:
                 return
             crashes = 0 if clock() - started > STABLE_SECONDS else crashes + 1
             delay = BACKOFF_SECONDS[-1 if code == MISCONFIGURED else min(crashes, len(BACKOFF_SECONDS) - 1)]
-            room.restarts += 1
             why = f"{_cause(code)}: {_last_line(room.log)}" if code == MISCONFIGURED else _cause(code)
             self._say(room.name, f"ended with {why}; starting again in {delay} s (log: {room.log})")
             await asyncio.sleep(delay)

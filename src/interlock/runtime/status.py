@@ -17,7 +17,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
-from interlock.errors import BY_KIND, Cancelled, DeadlineExceeded, InterlockError, Internal, Unavailable
+from interlock.errors import BY_KIND, DeadlineExceeded, InterlockError, Internal, Unavailable
 
 DOMAIN = "interlock"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -166,7 +166,3 @@ async def translated_stream(call: Any) -> AsyncIterator[Any]:
 
 RETRYABLE = (Unavailable,)
 """What an idempotent call may be tried again on; everything else would fail again or may have happened."""
-
-__all__ = [
-    "RETRYABLE", "Cancelled", "ErrorInterceptor", "from_rpc_error", "from_status", "to_status", "translated", "translated_stream", "wrap_handler",
-]  # fmt: skip
