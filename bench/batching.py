@@ -32,8 +32,8 @@ from interlock.core.route import Route, Weight
 from interlock.errors import InterlockError
 from interlock.runtime.channels import open_channel
 from interlock.runtime.clock import SystemClock
-from interlock.stores import artifacts
-from interlock.stores.artifacts import BatchingSpec, ModelSpec, TensorSpec
+from interlock.stores import artifacts, modelspec
+from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array
@@ -82,7 +82,7 @@ def write_models(home: Path, size: str, spec: BatchingSpec) -> dict[str, Path]:
         folder.mkdir(parents=True)
         (folder / "model.onnx").write_bytes(mlp(sizes, 1))
         tensors = ((TensorSpec("x", "FP32", (-1, sizes[0])),), (TensorSpec("y", "FP32", (-1, sizes[-1])),))
-        artifacts.write_spec(folder, ModelSpec(model, *tensors, batching=batching))
+        modelspec.write_spec(folder, ModelSpec(model, *tensors, batching=batching))
         artifacts.write_manifest(folder)
     return folders
 

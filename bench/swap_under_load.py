@@ -31,8 +31,8 @@ from interlock.api.inference.v1 import runtime_service_pb2_grpc as pb_grpc
 from interlock.api.types.v1 import types_pb2
 from interlock.client.load import GrpcTarget, HttpTarget, Load
 from interlock.runtime.channels import Caller, open_channel
-from interlock.stores import artifacts
-from interlock.stores.artifacts import ModelSpec, TensorSpec
+from interlock.stores import artifacts, modelspec
+from interlock.stores.modelspec import ModelSpec, TensorSpec
 
 MODEL = "bench"
 SIZES = {"tiny": (16, 64, 64, 8), "mid": (784, 1024, 1024, 10), "wide": (784, 4096, 4096, 10)}
@@ -71,7 +71,7 @@ def write_version(folder: Path, body: bytes, sizes: tuple[int, ...]) -> None:
     (folder / "model.onnx").write_bytes(body)
     onnx.checker.check_model(str(folder / "model.onnx"))
     spec = ModelSpec(MODEL, (TensorSpec("x", "FP32", (-1, sizes[0])),), (TensorSpec("y", "FP32", (-1, sizes[-1])),))
-    artifacts.write_spec(folder, spec)
+    modelspec.write_spec(folder, spec)
     artifacts.write_manifest(folder)
 
 

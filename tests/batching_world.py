@@ -14,7 +14,7 @@ import numpy as np
 
 from interlock.core.route import Route, Weight
 from interlock.errors import InterlockError, InvalidArgument
-from interlock.stores.artifacts import BatchingSpec, ModelSpec, TensorSpec
+from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array, Signature
 from interlock_inference.recorder import Recorder

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from interlock.stores import artifacts, golden
-from interlock.stores.artifacts import BatchingSpec, ModelSpec, TensorSpec
+from interlock.stores import artifacts, golden, modelspec
+from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
 
 OPSET = [helper.make_opsetid("", 17)]
 
@@ -121,7 +121,7 @@ def write_version(
     shape = (-1, columns)
     tensors = ((TensorSpec("x", "FP32", shape),), (TensorSpec("y", "FP32", shape),))
     spec = ModelSpec(name, *tensors, source={"run": "r", "step": step}, batching=batching)
-    artifacts.write_spec(folder, spec)
+    modelspec.write_spec(folder, spec)
     if golden_inputs:
         golden.write(folder, golden_inputs)
     return artifacts.write_manifest(folder).digest

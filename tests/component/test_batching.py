@@ -21,8 +21,8 @@ from interlock.errors import (
     Unavailable,
 )
 from interlock.runtime.clock import SystemClock
-from interlock.stores import artifacts
-from interlock.stores.artifacts import BatchingSpec, ModelSpec, TensorSpec
+from interlock.stores import artifacts, modelspec
+from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
 from interlock_inference.batching import is_by_rows
 from interlock_inference.engines import Signature
 from interlock_inference.replica import Wanted
@@ -329,7 +329,7 @@ async def test_versions_that_do_not_batch_have_no_lane(tmp_path: Path) -> None:
         fixed.mkdir()
         (fixed / "model.onnx").write_bytes(onnx_models.identity(TensorProto.FLOAT, [1, 4]))
         tensor = (TensorSpec("x", "FP32", (1, 4)),)
-        artifacts.write_spec(fixed, ModelSpec("policy", tensor, (TensorSpec("y", "FP32", (1, 4)),), batching=SPEC))
+        modelspec.write_spec(fixed, ModelSpec("policy", tensor, (TensorSpec("y", "FP32", (1, 4)),), batching=SPEC))
         artifacts.write_manifest(fixed)
         for version, artifact in (("2", off), ("3", str(fixed))):
             async for _ in world.replica.prepare(Wanted("policy", version, artifact)):

@@ -12,7 +12,7 @@ import torch
 
 from interlock.core.retention import Better
 from interlock.errors import DataLoss
-from interlock.stores import artifacts
+from interlock.stores import artifacts, modelspec
 from interlock.training import Batches, ServeSpec, attach
 from interlock.training.export import OnnxExporter
 from interlock.training.run import Run, _info_of
@@ -76,7 +76,7 @@ def test_artifacts_of_two_checkpoints_answer_as_torch_does(
         assert result.max_abs_error < 1e-5
         folder = Path(result.artifact)
         assert artifacts.verify(folder).digest == result.digest
-        spec = artifacts.read_spec(folder)
+        spec = modelspec.read_spec(folder)
         assert [(t.name, t.datatype, t.shape) for t in (*spec.inputs, *spec.outputs)] == [
             ("obs", "FP32", (-1, 4)),
             ("logits", "FP32", (-1, 3)),

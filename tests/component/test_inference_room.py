@@ -39,7 +39,7 @@ from interlock.errors import (
 )
 from interlock.runtime.access import Keys, Scope, hash_key, new_key
 from interlock.runtime.status import from_rpc_error
-from interlock.stores.artifacts import BatchingSpec
+from interlock.stores.modelspec import BatchingSpec
 from replica_world import CALLER, Remote, a_replica
 
 # tritonclient's own code

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import onnx_models
 from batching_world import BAD, Call, a_world, outcome
 from interlock.errors import DeadlineExceeded, InvalidArgument
-from interlock.stores.artifacts import BatchingSpec
+from interlock.stores.modelspec import BatchingSpec
 from interlock_inference.batching import Pace, choose
 from interlock_inference.engines.onnx import OnnxOptions, load
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
-from interlock.stores import artifacts, golden
-from interlock.stores.artifacts import BatchingSpec, ModelSpec, TensorSpec
+from interlock.stores import artifacts, golden, modelspec
+from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
 
 SPEC = ModelSpec(
     name="policy",
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "model.onnx").write_bytes(b"graph" * 100)
     (tmp_path / "weights" / "a.bin").write_bytes(b"1234")
     (tmp_path / "empty").write_bytes(b"")
-    artifacts.write_spec(tmp_path, SPEC)
+    modelspec.write_spec(tmp_path, SPEC)
     artifacts.write_manifest(tmp_path, {"run": "cartpole"})
     return tmp_path
 
@@ -38,7 +38,7 @@ def test_round_trip(folder: Path) -> None:
     manifest = artifacts.verify(folder)
     assert [f.path for f in manifest.files] == ["empty", "model.onnx", "model.toml", "weights/a.bin"]
     assert manifest.metadata == {"run": "cartpole"}
-    assert artifacts.read_spec(folder) == SPEC
+    assert modelspec.read_spec(folder) == SPEC
     assert artifacts.verify(folder, manifest.digest) == manifest
     assert SPEC.step == 1500
 
@@ -105,7 +105,7 @@ def test_links_are_refused(folder: Path) -> None:
 )
 def test_a_wrong_spec_names_its_field(table: dict[str, object], field: str) -> None:
     with pytest.raises(InterlockError) as refused:
-        artifacts.parse_spec(table)
+        modelspec.parse_spec(table)
     assert refused.value.field == field
 
 
@@ -143,8 +143,8 @@ def test_batching_is_read_back_as_written_and_refused_with_its_key(tmp_path: Pat
     full = BatchingSpec(True, 32, (8, 16), 1.5, 20.0, 3, 2, 100, 250.0, "continue")
     for batching in (None, BatchingSpec(), BatchingSpec(enabled=False), full):
         spec = replace(SPEC, batching=batching)
-        artifacts.write_spec(tmp_path, spec)
-        assert artifacts.read_spec(tmp_path) == spec
+        modelspec.write_spec(tmp_path, spec)
+        assert modelspec.read_spec(tmp_path) == spec
     tensors = [{"name": "x", "datatype": "FP32", "shape": [-1]}]
     good = {"name": "m", "inputs": tensors, "outputs": tensors}
     cases: tuple[tuple[object, str], ...] = (
@@ -162,5 +162,5 @@ def test_batching_is_read_back_as_written_and_refused_with_its_key(tmp_path: Pat
     )
     for table, field in cases:
         with pytest.raises(InvalidArgument) as refused:
-            artifacts.parse_spec({**good, "batching": table})
+            modelspec.parse_spec({**good, "batching": table})
         assert (refused.value.reason, refused.value.field) == ("MODEL_SPEC_INVALID", field)

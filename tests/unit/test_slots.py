@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeClock
 from interlock.core.route import Route, Weight
 from interlock.errors import IllegalTransition, NotFound, Unavailable
-from interlock.stores.artifacts import TensorSpec
+from interlock.stores.modelspec import TensorSpec
 from interlock_inference.engines import Signature
 from interlock_inference.repository import Opened
 from interlock_inference.slots import ANSWERS, TRANSITIONS, Handle, Origin, Registry, Slot, SlotState

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from interlock.errors import InvalidArgument
 from interlock.runtime import arrays
-from interlock.stores.artifacts import TensorSpec
+from interlock.stores.modelspec import TensorSpec
 from interlock_inference import tensors
 from interlock_inference.engines import Signature
 from interlock_inference.tensors import Described

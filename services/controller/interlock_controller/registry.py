@@ -11,9 +11,9 @@ from interlock.core import names
 from interlock.core.ports import Clock
 from interlock.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from interlock.runtime.changed import Changed
-from interlock.stores.artifacts import ModelSpec
 from interlock.stores.controller import ControllerStore, Origin, Request, VersionRow
 from interlock.stores.files import Incoming, ModelRepository
+from interlock.stores.modelspec import ModelSpec
 
 
 class Registry:

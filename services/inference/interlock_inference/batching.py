@@ -23,7 +23,7 @@ import numpy as np
 import structlog
 
 from interlock.errors import DeadlineExceeded, InterlockError, Internal, ResourceExhausted
-from interlock.stores.artifacts import BatchingSpec
+from interlock.stores.modelspec import BatchingSpec
 from interlock_inference.engines import Array, Engine, Signature
 
 if TYPE_CHECKING:

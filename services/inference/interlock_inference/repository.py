@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 
 from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound, ResourceExhausted
-from interlock.stores import artifacts
-from interlock.stores.artifacts import FileEntry, Manifest, ModelSpec, TensorSpec
+from interlock.stores import artifacts, modelspec
+from interlock.stores.artifacts import FileEntry, Manifest
+from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import Engine, Signature
 from interlock_inference.engines import onnx as onnx_engine
 from interlock_inference.engines.onnx import OnnxOptions
@@ -94,7 +95,7 @@ def _verified(path: Path, expected_digest: str) -> tuple[Manifest, ModelSpec | N
         if path.is_file():
             return _bare(path, expected_digest), None
         manifest = artifacts.verify(path, expected_digest)
-        spec = artifacts.read_spec(path) if (path / artifacts.SPEC_FILE).exists() else None
+        spec = modelspec.read_spec(path) if (path / modelspec.SPEC_FILE).exists() else None
         return manifest, spec
     except DataLoss as error:
         raise FailedPrecondition(error.message, reason=error.reason, field="digest", metadata=error.metadata) from None

@@ -20,7 +20,7 @@ from interlock.core.names import version_name
 from interlock.core.ports import Clock
 from interlock.core.route import Picker, Route
 from interlock.errors import IllegalTransition, NotFound, Unavailable
-from interlock.stores.artifacts import TensorSpec
+from interlock.stores.modelspec import TensorSpec
 from interlock_inference.batching import Lane, lane_for
 from interlock_inference.repository import Opened
 from interlock_inference.stats import VersionStats

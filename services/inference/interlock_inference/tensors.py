@@ -16,7 +16,7 @@ import numpy as np
 
 from interlock.errors import InvalidArgument
 from interlock.runtime.arrays import LENGTH, NUMPY_TYPES
-from interlock.stores.artifacts import TensorSpec
+from interlock.stores.modelspec import TensorSpec
 from interlock_inference.engines import Array, Signature
 
 TYPED_FIELDS: Mapping[str, str] = {

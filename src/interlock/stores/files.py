@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound, ResourceExhausted
-from interlock.stores import artifacts
-from interlock.stores.artifacts import Manifest, ModelSpec
+from interlock.stores import artifacts, modelspec
+from interlock.stores.artifacts import Manifest
+from interlock.stores.modelspec import ModelSpec
 
 SCRATCH = ".incoming"
 
@@ -82,7 +83,7 @@ class ModelRepository:
                     f"{source}: digest is {manifest.digest}, expected {expected_digest}",
                     metadata={"digest": manifest.digest},
                 )
-            spec = artifacts.read_spec(scratch) if (scratch / artifacts.SPEC_FILE).exists() else None
+            spec = modelspec.read_spec(scratch) if (scratch / modelspec.SPEC_FILE).exists() else None
             if spec is not None and not (scratch / spec.file).is_file():
                 raise InvalidArgument(
                     f"{source}: model.toml names {spec.file}, which is not there", reason="MODEL_FILE_MISSING"

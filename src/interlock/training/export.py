@@ -27,9 +27,9 @@ import torch
 from onnx import numpy_helper
 
 from interlock.errors import FailedPrecondition, NotFound
-from interlock.stores import artifacts
-from interlock.stores.artifacts import ModelSpec, TensorSpec
+from interlock.stores import artifacts, modelspec
 from interlock.stores.checkpoints import Loaded
+from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock.training.capture import Stateful, as_tensor, random_states, set_random_states
 from interlock.training.terms import CheckpointInfo, Result
 from interlock.training.tree import unpack
@@ -81,7 +81,7 @@ class OnnxExporter:
         with self._lock:
             target = self._folder / loaded.checkpoint
             if (target / artifacts.MANIFEST_FILE).exists():
-                manifest, figures = artifacts.verify(target), artifacts.read_spec(target).export
+                manifest, figures = artifacts.verify(target), modelspec.read_spec(target).export
             else:
                 figures = self._write(target, loaded, info)
                 manifest = artifacts.read_manifest(target)
@@ -104,7 +104,7 @@ class OnnxExporter:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         artifacts.write_durably(part / "model.onnx", body)
-        artifacts.write_spec(part, self._spec(body, info, figures))
+        modelspec.write_spec(part, self._spec(body, info, figures))
         metadata = {"run": self._run, "checkpoint": loaded.checkpoint, "step": info.step, "metrics": dict(info.metrics)}
         artifacts.write_manifest(part, metadata)
         shutil.rmtree(target, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from interlock.runtime.arrays import NUMPY_TYPES, Array
-from interlock.stores.artifacts import TensorSpec
+from interlock.stores.modelspec import TensorSpec
 
 __all__ = ["Array", "Engine", "Signature", "made_up_inputs"]
 

@@ -21,7 +21,7 @@ import structlog
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound
-from interlock.stores.artifacts import TensorSpec
+from interlock.stores.modelspec import TensorSpec
 from interlock_inference.engines import Array, Engine, Signature
 
 DATATYPES = {

@@ -18,7 +18,7 @@ from interlock.api.types.v1 import types_pb2
 from interlock.core.names import model_name, parse_checkpoint, parse_model, parse_run, parse_version, version_name
 from interlock.core.route import Route, Weight, check_weights
 from interlock.errors import InvalidArgument
-from interlock.stores.artifacts import TensorSpec
+from interlock.stores.modelspec import TensorSpec
 from interlock_inference.assignment import AssignedModel
 from interlock_inference.compare import median_ms
 from interlock_inference.replica import Load, Replica, Wanted
