@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from interlock.errors import InterlockError, InvalidArgument
 from interlock_inference.batching import Ran, Run, expired, queue_full
@@ -94,7 +94,12 @@ class DataPlane:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def infer(self, call: Call) -> Reply:
-        """Answers one request.
+        """Answers one request; raises as `begin`."""
+        begun = self.begin(call)
+        return begun if isinstance(begun, Reply) else await begun
+
+    def begin(self, call: Call) -> Reply | Coroutine[Any, Any, Reply]:
+        """Answers a request at once when its run is short, else returns what to await, which must be started: it holds the version.
 
         Raises:
             NotFound, Unavailable: see `Registry.admit`.
@@ -105,31 +110,41 @@ class DataPlane:
         """
         start = time.perf_counter_ns()
         handle = self._registry.admit(call.model, call.version, call.request_id)
-        slot, mine, failure = handle.slot, True, None
+        slot = handle.slot
         try:
             inputs = call.decode(slot)
             names = _wanted(call.outputs, slot)
             _check_deadline(call.deadline)
             decoded = time.perf_counter_ns()
-            if self._is_short(slot, inputs):
-                ran = Ran(decoded, 0, run_now(slot, inputs, names))
-            else:
+            if not self._is_short(slot, inputs):
                 self._check_room(slot)
-                mine = False
-                if slot.lane is None:
-                    ran = await self._in_thread(handle, inputs, names, call.deadline)
-                else:
-                    ran = await self._turns.answer(handle, inputs, names, call.deadline, call.priority)
-            ended = time.perf_counter_ns()
+                return self._later(call, handle, inputs, names, (start, decoded))
+            outputs = run_now(slot, inputs, names)
         except InterlockError as error:
-            failure = error
+            handle.release()
+            self._count_failure(slot, start, error)
             raise
-        finally:
-            if mine:
-                handle.release()
-            if failure is not None:
-                self._count_failure(slot, start, failure)
-        self._count(slot, inputs, ran, (start, decoded, ended))
+        except BaseException:
+            handle.release()
+            raise
+        ended = time.perf_counter_ns()
+        handle.release()
+        self._count(slot, inputs, Ran(decoded, 0, outputs), (start, decoded, ended))
+        return Reply(slot, handle.epoch, names, outputs)
+
+    async def _later(
+        self, call: Call, handle: Handle, inputs: dict[str, Array], names: Sequence[str], marks: tuple[int, int]
+    ) -> Reply:
+        slot, (start, decoded) = handle.slot, marks
+        try:
+            if slot.lane is None:
+                ran = await self._in_thread(handle, inputs, names, call.deadline)
+            else:
+                ran = await self._turns.answer(handle, inputs, names, call.deadline, call.priority)
+        except InterlockError as error:
+            self._count_failure(slot, start, error)
+            raise
+        self._count(slot, inputs, ran, (start, decoded, time.perf_counter_ns()))
         return Reply(slot, handle.epoch, names, ran.outputs)
 
     def _is_short(self, slot: Slot, inputs: Mapping[str, Array]) -> bool:

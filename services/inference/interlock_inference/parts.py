@@ -1,0 +1,91 @@
+"""What a replica is made of, put together in order and taken down in order: the same for the process of its own and for the inline form. No listener."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from interlock.runtime import channels, failpoints
+from interlock.runtime.access import Keys
+from interlock.runtime.clock import SystemClock
+from interlock.runtime.settings import Settings
+from interlock_inference.assignment import AssignmentFile
+from interlock_inference.bridge import ControllerAdmin
+from interlock_inference.dataplane import DataPlane
+from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.metrics import RequestMetrics, StateMetrics
+from interlock_inference.recorder import Recorder
+from interlock_inference.replica import Replica
+from interlock_inference.servicers.oip import OipServicer
+from interlock_inference.servicers.runtime import RuntimeServicer
+from interlock_inference.slots import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One replica. `tasks` outlives every call and ends with the replica."""
+
+    registry: Registry
+    plane: DataPlane
+    replica: Replica
+    oip: OipServicer
+    commands: RuntimeServicer
+    metrics: CollectorRegistry
+    tasks: asyncio.TaskGroup
+
+    def probe(self, stopping: asyncio.Event) -> Callable[[], tuple[bool, dict[str, Any]]]:
+        """What `/health` says of it."""
+
+        def probe() -> tuple[bool, dict[str, Any]]:
+            ready = self.replica.is_ready() and not stopping.is_set()
+            models = {
+                model: {"epoch": routed.route.epoch, "versions": {w.version: w.weight for w in routed.route.weights}}
+                for model, routed in self.registry.snapshot.routes.items()
+            }
+            return ready, {"status": "ready" if ready else "not_ready", "models": models}
+
+        return probe
+
+
+@asynccontextmanager
+async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> AsyncIterator[Parts]:
+    """A replica without a listener, until the block ends; what it served before is not restored yet."""
+    clock, own = SystemClock(), config.inference
+    registry, recorder, metrics = Registry(), Recorder(own.recorded_requests), CollectorRegistry()
+    counted = RequestMetrics(metrics)
+    plane = DataPlane(registry, recorder, counted, num_threads=_worker_threads(own.intra_op_threads))
+    metrics.register(StateMetrics(registry, lambda: plane.num_queued))
+    options = OnnxOptions(tuple(own.providers), own.intra_op_threads)
+    file = AssignmentFile(config.home / f"replica-{own.port}.json")
+    async with AsyncExitStack() as stack:
+        stack.callback(plane.close)
+        channel = await stack.enter_async_context(channels.open_channel(config.controller_address))
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        replica = Replica(
+            registry,
+            recorder,
+            file,
+            clock,
+            tasks,
+            options=options,
+            warmup_iterations=own.warmup_iterations,
+            failpoint=failpoints.reached,
+            released=counted.forget,
+        )
+        stack.callback(replica.close)
+        admin = ControllerAdmin(channel, channels.Caller(keys.internal_key()))
+        oip = OipServicer(plane, registry, replica, admin, config.home / "models", stopping)
+        commands = RuntimeServicer(replica, uuid.uuid4().hex[:12], clock.now())
+        yield Parts(registry, plane, replica, oip, commands, metrics, tasks)
+
+
+def _worker_threads(intra_op_threads: int) -> int:
+    """As many runs at once as the cores allow, one core being left to the event loop."""
+    return max(1, len(os.sched_getaffinity(0)) // intra_op_threads - 1)
