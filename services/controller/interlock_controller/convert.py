@@ -224,6 +224,12 @@ def origin_message(origin: Origin) -> types_pb2.Origin:
     )
 
 
+def _version_state(row: VersionRow) -> model_pb.Version.State.ValueType:
+    if row.quarantined:
+        return model_pb.Version.STATE_QUARANTINED
+    return model_pb.Version.STATE_GATE_FAILED if row.gate_failure else model_pb.Version.STATE_AVAILABLE
+
+
 def version_message(row: VersionRow) -> model_pb.Version:
     """A version."""
     return model_pb.Version(
@@ -231,8 +237,8 @@ def version_message(row: VersionRow) -> model_pb.Version:
         digest=row.digest,
         artifact_uri=row.artifact_uri,
         origin=origin_message(row.origin),
-        state=model_pb.Version.STATE_QUARANTINED if row.quarantined else model_pb.Version.STATE_AVAILABLE,
-        message=row.quarantined,
+        state=_version_state(row),
+        message=row.quarantined or row.gate_failure,
         create_time=timestamp(row.created_at),
         metrics=row.metrics,
         size_bytes=row.size_bytes,

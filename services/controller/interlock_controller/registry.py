@@ -96,6 +96,7 @@ class Registry:
             dict(metrics),
             self._clock.now(),
             actor=actor,
+            gate_failure=incoming.spec.gate_failure if incoming.spec else "",
         )
         added = self._store.add_version(row, request)
         self._changed.fire()

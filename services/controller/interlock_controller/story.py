@@ -51,6 +51,8 @@ def _rolled_back(row: RollbackRow) -> str:
 def _now(row: VersionRow, route: Route) -> str:
     if row.quarantined:
         return f"version {row.version} must not serve: {row.quarantined}"
+    if row.gate_failure:
+        return f"version {row.version} must not serve: {row.gate_failure}"
     share = next((w.weight for w in route.weights if w.version == row.version), 0)
     if not share:
         return f"version {row.version} does not serve; epoch {route.epoch} routes {', '.join(route.versions()) or 'nothing'}"

@@ -95,7 +95,7 @@ class Swaps:
         """What creating the swap would end; nothing changes.
 
         Raises:
-            InvalidArgument, NotFound, FailedPrecondition (`QUARANTINED`, `ALREADY_STABLE`), Aborted, ResourceExhausted: as `create`.
+            InvalidArgument, NotFound, FailedPrecondition (`QUARANTINED`, `GATE_FAILED`, `ALREADY_STABLE`), Aborted, ResourceExhausted: as `create`.
         """
         check_spec(spec)
         row = self.version(spec.model, spec.candidate, "spec.candidate_version")
@@ -106,6 +106,7 @@ class Swaps:
                 field="spec.candidate_version",
                 metadata={"model": spec.model, "version": spec.candidate},
             )
+        _check_gate(row, "spec.candidate_version")
         active = tuple(self._store.active_swaps(spec.model))
         if not active and self._store.route(spec.model).versions() == (spec.candidate,):
             raise FailedPrecondition(
@@ -266,7 +267,7 @@ class Swaps:
             NotFound: `MODEL_NOT_FOUND`, `VERSION_NOT_FOUND`.
             InvalidArgument: `INVALID_WEIGHTS`.
             Aborted: `SWAP_IN_PROGRESS`, `STALE_EPOCH`.
-            FailedPrecondition: `QUARANTINED`.
+            FailedPrecondition: `QUARANTINED`, `GATE_FAILED`.
         """
         self.check_model(model)
         for i, weight in enumerate(check_weights(weights)):
@@ -277,6 +278,7 @@ class Swaps:
                     reason="QUARANTINED",
                     field=f"weights[{i}].version",
                 )
+            _check_gate(row, f"weights[{i}].version")
         running = next((s for s in self._store.active_swaps(model) if s.state is not State.KEEP_WARM), None)
         if running is not None:
             raise Aborted(
@@ -291,3 +293,14 @@ class Swaps:
 
 def _swap_id(now: float) -> str:
     return f"s-{datetime.fromtimestamp(now, UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def _check_gate(row: VersionRow, field: str) -> None:
+    """Nothing forces a version past its own gate: whoever wants it makes it again with another limit."""
+    if row.gate_failure:
+        raise FailedPrecondition(
+            f"version {row.version!r} of {row.model!r} must not serve: {row.gate_failure}",
+            reason="GATE_FAILED",
+            field=field,
+            metadata={"model": row.model, "version": row.version, "gate": row.gate_failure},
+        )

@@ -56,11 +56,13 @@ def open_artifact(path: Path, expected_digest: str, options: OnnxOptions, progre
     Raises:
         NotFound: `ARTIFACT_MISSING`.
         ResourceExhausted: `DOES_NOT_FIT`.
-        FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `SIGNATURE_MISMATCH`, `SIGNATURE_MISSING`, `PROVIDER_UNAVAILABLE`.
+        FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `GATE_FAILED`, `SIGNATURE_MISMATCH`, `SIGNATURE_MISSING`, `PROVIDER_UNAVAILABLE`.
         InvalidArgument: `PATH_OUTSIDE_FOLDER`.
     """
     progress(5, f"verifying {path.name}")
     manifest, spec = _verified(path, expected_digest)
+    if spec is not None and spec.gate_failure:
+        raise gate_failed(f"{path}", spec.gate_failure)
     model = path if path.is_file() else path / _model_file(path, manifest, spec)
     _check_fits(path, manifest.size_bytes)
     progress(40, f"loading {manifest.size_bytes} bytes")
@@ -71,6 +73,13 @@ def open_artifact(path: Path, expected_digest: str, options: OnnxOptions, progre
         _check_claims(path, spec, engine)
     progress(100, "loaded")
     return Opened(engine, manifest.digest, path, spec, grown)
+
+
+def gate_failed(subject: str, why: str) -> FailedPrecondition:
+    """The refusal of a version that its own model.toml says fell short."""
+    return FailedPrecondition(
+        f"{subject} must not serve: {why}", reason="GATE_FAILED", field="artifact_uri", metadata={"gate": why}
+    )
 
 
 def _check_fits(path: Path, size_bytes: int) -> None:

@@ -20,6 +20,9 @@ COMMANDS = {
     "swap": ("swap", "Swaps: create, list, watch, approve, reject, abort, receipt."),
     "model": ("model", "Models: list, versions, register, rollback, quarantine, explain."),
     "guard": ("guard", "Guard policies: show."),
+    "bench": ("tools", "Measure a version: bare engine, gRPC, HTTP; batches, threads, providers."),
+    "ort-tune": ("tools", "Search ONNX Runtime's options for the fastest set."),
+    "quantize": ("tools", "Make an INT8 version, held to an accuracy limit on real samples."),
     "keys": ("keys", "API keys: create, list, revoke."),
     "config": ("config", "Every setting with its value, source and meaning."),
 }
@@ -35,7 +38,7 @@ class _Lazy(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"interlock.cli.commands.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: the connection, `--json`, and tables that stay readable in a pipe."""
+"""What every command shares: the connection, the `--json` option, and how resources are shown."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import click
-import orjson
 
 from interlock.client.admin import AdminClient
 from interlock.runtime import settings as settings_module
+from interlock.runtime import terminal
 from interlock.runtime.access import Keys
 
 
@@ -56,20 +56,6 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "json_", is_flag=True, help="Print JSON.")(function)
 
 
-def show_json(document: Any) -> None:
-    """Prints JSON, indented."""
-    click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2, default=str).decode())
-
-
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> None:
-    """Prints columns that are as wide as their widest cell; `-` for an empty one."""
-    cells = [list(header), *[["-" if cell in (None, "") else str(cell) for cell in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for index, row in enumerate(cells):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        click.echo(click.style(line, bold=True) if index == 0 else line)
-
-
 def runs_table(runs: Sequence[Mapping[str, Any]]) -> None:
     """Training runs, one a line."""
     columns = ("recipe", "state", "step", "attempt", "rollback_count", "message")
@@ -77,7 +63,7 @@ def runs_table(runs: Sequence[Mapping[str, Any]]) -> None:
         (last(r["name"]), *((r[column] or ("own loop" if column == "recipe" else r[column])) for column in columns))
         for r in runs
     ]
-    table(rows, ("RUN", "RECIPE", "STATE", "STEP", "ATTEMPT", "ROLLBACKS", "MESSAGE"))
+    terminal.table(rows, ("RUN", "RECIPE", "STATE", "STEP", "ATTEMPT", "ROLLBACKS", "MESSAGE"))
 
 
 def scalar(value: Any) -> str:

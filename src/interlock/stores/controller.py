@@ -43,6 +43,7 @@ class VersionRow:
     created_at: float = 0.0
     quarantined: str = ""  # why; empty when it may serve
     actor: str = ""
+    gate_failure: str = ""  # why its own gate forbids it to serve, for good; empty when it may
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """`model.toml`: what a servable version is. Reads, checks and writes it; opens nothing that it names.
 
-models/policy/3/model.toml      name, engine, file, inputs, outputs, source (run, checkpoint, step), export (figures), batching
+models/policy/3/model.toml      name, engine, file, inputs, outputs, source (run, checkpoint, step), export (figures), batching, gate
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,40 @@ class BatchingSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class GateSpec:
+    """The table `[gate]`: what this version was held to against the one it was made from, and what it reached. One that fell short never serves.
+
+    Attributes:
+        metric: what was measured, larger is better, e.g. `top-1 accuracy`.
+        baseline: of the version it was made from; `measured`: its own, on the same samples.
+        drop_max: by how much `measured` may lie below `baseline`.
+        samples: where the samples came from.
+    """
+
+    metric: str
+    baseline: float
+    measured: float
+    drop_max: float
+    num_samples: int
+    samples: str
+
+    @property
+    def drop(self) -> float:
+        """By how much it is worse than the baseline; negative when it is better."""
+        return self.baseline - self.measured
+
+    @property
+    def failure(self) -> str:
+        """Why it must not serve; empty when the gate was passed."""
+        if self.drop <= self.drop_max + 1e-9:
+            return ""
+        return (
+            f"{self.metric} fell from {self.baseline:.4f} to {self.measured:.4f} on {self.num_samples} samples"
+            f" ({self.samples}); at most {self.drop_max:g} is allowed"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What `model.toml` says. `source` and `export` are flat tables of strings and numbers, shown and passed on, not interpreted here.
 
@@ -89,6 +124,12 @@ class ModelSpec:
     source: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     export: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     batching: BatchingSpec | None = None
+    gate: GateSpec | None = None
+
+    @property
+    def gate_failure(self) -> str:
+        """Why its own gate forbids it to serve; empty when there is none, or it was passed."""
+        return self.gate.failure if self.gate is not None else ""
 
     @property
     def step(self) -> int:
@@ -119,7 +160,9 @@ def read_spec(folder: Path) -> ModelSpec:
 
 def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
     """`ModelSpec` from a parsed `model.toml`; unknown keys are refused."""
-    unknown = sorted(set(table) - {"name", "engine", "file", "inputs", "outputs", "source", "export", "batching"})
+    unknown = sorted(
+        set(table) - {"name", "engine", "file", "inputs", "outputs", "source", "export", "batching", "gate"}
+    )
     if unknown:
         raise _invalid(unknown[0], f"model.toml: unknown key {unknown[0]!r}")
     name, engine, file = (
@@ -141,6 +184,7 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
         source=_parse_flat(table, "source"),
         export=_parse_flat(table, "export"),
         batching=_parse_batching(table["batching"]) if "batching" in table else None,
+        gate=_parse_gate(table["gate"]) if "gate" in table else None,
     )
 
 
@@ -198,6 +242,25 @@ def _parse_batching(table: Any) -> BatchingSpec:
     return made
 
 
+_GATE: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "metric": (lambda value: isinstance(value, str) and bool(value), "a name"),
+    "baseline": (lambda value: type(value) in (int, float) and isfinite(value), "a finite number"),
+    "measured": (lambda value: type(value) in (int, float) and isfinite(value), "a finite number"),
+    "drop_max": (lambda value: type(value) in (int, float) and 0 <= value < inf, "a finite number from 0 up"),
+    "num_samples": _whole(1, 2**31),
+    "samples": (lambda value: isinstance(value, str), "a string"),
+}
+
+
+def _parse_gate(table: Any) -> GateSpec:
+    if not isinstance(table, dict) or set(table) != set(_GATE):
+        raise _invalid("gate", f"model.toml: gate: exactly {', '.join(_GATE)} are needed")
+    for key, (fits, wanted) in _GATE.items():
+        if not fits(table[key]):
+            raise _invalid(f"gate.{key}", f"model.toml: gate.{key}: {table[key]!r} is not {wanted}")
+    return GateSpec(**table)
+
+
 def _parse_tensors(table: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
     rows = table.get(key)
     if not isinstance(rows, list) or not rows:
@@ -246,6 +309,8 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
     if spec.batching is not None:
         pairs = [(f.name, getattr(spec.batching, f.name)) for f in fields(spec.batching)]
         lines += ["", "[batching]", *(f"{k} = {list(v) if isinstance(v, tuple) else _toml(v)}" for k, v in pairs)]
+    if spec.gate is not None:
+        lines += ["", "[gate]", *(f"{f.name} = {_toml(getattr(spec.gate, f.name))}" for f in fields(spec.gate))]
     write_durably(folder / SPEC_FILE, ("\n".join(lines) + "\n").encode())
 
 

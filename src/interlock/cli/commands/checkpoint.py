@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from interlock.cli import console
+from interlock.runtime import terminal
 
 
 @click.group()
@@ -19,10 +20,10 @@ def listed(run_id: str, json_: bool) -> None:
     """Youngest first."""
     found = console.with_admin(lambda admin: admin.checkpoints(run_id))
     if json_:
-        console.show_json(found)
+        terminal.show_json(found)
         return
     rows = [(console.last(c["name"]), c["step"], c["attempt"], c["state"], "pinned" if c["pinned"] else "", c["size_bytes"], c["digest"][:19], c["message"]) for c in found]  # fmt: skip
-    console.table(rows, ("CHECKPOINT", "STEP", "ATTEMPT", "STATE", "PIN", "BYTES", "DIGEST", "MESSAGE"))
+    terminal.table(rows, ("CHECKPOINT", "STEP", "ATTEMPT", "STATE", "PIN", "BYTES", "DIGEST", "MESSAGE"))
 
 
 def _pinning(verb: str, pinned: bool, text: str) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from interlock.cli import console
 from interlock.runtime import settings as settings_module
+from interlock.runtime import terminal
 
 
 def _rows(model: BaseModel, prefix: str = "") -> list[tuple[str, str, Any, str]]:
@@ -29,7 +30,7 @@ def config(json_: bool) -> None:
     """Show every setting with its value, its environment variable and its meaning."""
     rows = _rows(settings_module.load())
     if json_:
-        console.show_json(
+        terminal.show_json(
             [
                 {"setting": name, "variable": variable, "value": value, "meaning": text}
                 for name, variable, value, text in rows
@@ -39,4 +40,4 @@ def config(json_: bool) -> None:
         click.echo(
             f"file: {settings_module.config_path()} ({'read' if settings_module.config_path().is_file() else 'not there'})\n"
         )
-        console.table(rows, ("SETTING", "VARIABLE", "VALUE", "MEANING"))
+        terminal.table(rows, ("SETTING", "VARIABLE", "VALUE", "MEANING"))

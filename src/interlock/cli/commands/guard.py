@@ -7,6 +7,7 @@ import click
 from interlock.cli import console
 from interlock.core.fields import plain
 from interlock.core.guard import BUILT_IN
+from interlock.runtime import terminal
 
 
 @click.group()
@@ -25,15 +26,15 @@ def show(name: str | None, json_: bool) -> None:
             for policy in BUILT_IN.values()
         ]
         if json_:
-            console.show_json([plain(policy) for policy in BUILT_IN.values()])
+            terminal.show_json([plain(policy) for policy in BUILT_IN.values()])
         else:
-            console.table(rows, ("POLICY", "MODE", "RULES"))
+            terminal.table(rows, ("POLICY", "MODE", "RULES"))
         return
     if name not in BUILT_IN:
         raise click.ClickException(f"{name} is not a built-in policy; they are {', '.join(sorted(BUILT_IN))}")
     policy = BUILT_IN[name]
     if json_:
-        console.show_json(plain(policy))
+        terminal.show_json(plain(policy))
         return
     rows = [(r.name, r.metric, r.statistic.value, r.limit, f"{r.hits} of {r.out_of}") for r in policy.rules]  # type: ignore[misc]
-    console.table(rows, ("RULE", "METRIC", "STATISTIC", "LIMIT", "HITS"))
+    terminal.table(rows, ("RULE", "METRIC", "STATISTIC", "LIMIT", "HITS"))

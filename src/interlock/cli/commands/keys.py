@@ -12,6 +12,7 @@ import click
 from interlock.cli import console
 from interlock.core import names
 from interlock.runtime import settings as settings_module
+from interlock.runtime import terminal
 from interlock.runtime.access import Scope, hash_key, new_key
 
 SCOPES = [scope.value for scope in Scope if scope is not Scope.PUBLIC]
@@ -80,9 +81,9 @@ def listed(json_: bool) -> None:
         for k in _read(settings_module.load().keys_path)
     ]
     if json_:
-        console.show_json(entries)
+        terminal.show_json(entries)
     else:
-        console.table([(e["name"], " ".join(e["scopes"]), e["hash"]) for e in entries], ("NAME", "SCOPES", "HASH"))
+        terminal.table([(e["name"], " ".join(e["scopes"]), e["hash"]) for e in entries], ("NAME", "SCOPES", "HASH"))
 
 
 @keys.command()

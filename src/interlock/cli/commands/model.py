@@ -9,6 +9,7 @@ import click
 from interlock.cli import console
 from interlock.cli.commands.swap import _finish, follow
 from interlock.client.admin import AdminClient
+from interlock.runtime import terminal
 
 
 @click.group()
@@ -22,10 +23,10 @@ def listed(json_: bool) -> None:
     """Every model with what serves."""
     models = console.with_admin(lambda admin: admin.models())
     if json_:
-        console.show_json(models)
+        terminal.show_json(models)
         return
     rows = [(console.last(m["name"]), console.last(m.get("route", {}).get("stable_version", "")), m.get("route", {}).get("epoch", 0), m["active_swap"]) for m in models]  # fmt: skip
-    console.table(rows, ("MODEL", "VERSION", "EPOCH", "SWAP NOW"))
+    terminal.table(rows, ("MODEL", "VERSION", "EPOCH", "SWAP NOW"))
 
 
 @model.command()
@@ -35,10 +36,10 @@ def versions(name: str, json_: bool) -> None:
     """A model's versions, newest first."""
     found = console.with_admin(lambda admin: admin.versions(name))
     if json_:
-        console.show_json(found)
+        terminal.show_json(found)
         return
     rows = [(console.last(v["name"]), v["state"], v.get("origin", {}).get("step", ""), v.get("origin", {}).get("checkpoint", ""), v["digest"][:19], v["message"]) for v in found]  # fmt: skip
-    console.table(rows, ("VERSION", "STATE", "STEP", "CHECKPOINT", "DIGEST", "MESSAGE"))
+    terminal.table(rows, ("VERSION", "STATE", "STEP", "CHECKPOINT", "DIGEST", "MESSAGE"))
 
 
 @model.command()
@@ -98,6 +99,6 @@ def explain(name: str, version: str, json_: bool) -> None:
     """Why what serves is what serves: checkpoint, run, swaps, rollbacks."""
     story = console.with_admin(lambda admin: admin.explain(name, version))
     if json_:
-        console.show_json(story)
+        terminal.show_json(story)
     else:
         click.echo("\n".join(story["sentences"]))

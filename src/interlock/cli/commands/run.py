@@ -12,6 +12,7 @@ from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 from interlock.cli import console
 from interlock.client.admin import AdminClient
 from interlock.core import names
+from interlock.runtime import terminal
 
 ENDED = {"COMPLETED", "FAILED"}
 
@@ -74,7 +75,7 @@ def create(
     }
     created = console.with_admin(lambda admin: admin.create_run(recipe, parameters=parameters_of(pairs), **fields))
     if json_:
-        console.show_json(created)
+        terminal.show_json(created)
     else:
         click.echo(f"{created['name']}\nfollow it with: interlock run watch {console.last(created['name'])}")
 
@@ -85,7 +86,7 @@ def listed(json_: bool) -> None:
     """Newest first."""
     runs = console.with_admin(lambda admin: admin.runs())
     if json_:
-        console.show_json(runs)
+        terminal.show_json(runs)
         return
     console.runs_table(runs)
 
@@ -123,7 +124,7 @@ def rollback(run_id: str, checkpoint: str, reason: str, json_: bool) -> None:
     """Roll a run back; versions that descend from what is undone are flagged, and reverted if they serve."""
     answer = console.with_admin(lambda admin: admin.rollback_run(run_id, checkpoint, reason=reason))
     if json_:
-        console.show_json(answer)
+        terminal.show_json(answer)
         return
     record = answer["record"]
     click.echo(

@@ -12,6 +12,7 @@ from interlock.cli import console
 from interlock.cli.supervisor import is_healthy, rooms_of
 from interlock.errors import InterlockError
 from interlock.runtime import settings as settings_module
+from interlock.runtime import terminal
 
 
 async def collect(settings: settings_module.Settings) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def status(json_: bool) -> None:
     """Show rooms, models, swaps and runs."""
     document = asyncio.run(collect(settings_module.load()))
     if json_:
-        console.show_json(document)
+        terminal.show_json(document)
     else:
         _print(document)
     if any(room["state"] == "down" for room in document["rooms"]):
@@ -57,7 +58,7 @@ def status(json_: bool) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    console.table([(r["room"], r["address"], r["state"]) for r in document["rooms"]], ("ROOM", "ADDRESS", "STATE"))
+    terminal.table([(r["room"], r["address"], r["state"]) for r in document["rooms"]], ("ROOM", "ADDRESS", "STATE"))
     for problem in document.get("problems", ()):
         click.echo(f"problem: {problem}")
     if document["models"]:
@@ -73,7 +74,7 @@ def _print(document: dict[str, Any]) -> None:
                     model["active_swap"],
                 )
             )
-        console.table(rows, ("MODEL", "VERSION", "EPOCH", "SWAP NOW"))
+        terminal.table(rows, ("MODEL", "VERSION", "EPOCH", "SWAP NOW"))
     if document["swaps"]:
         click.echo()
         rows = [
@@ -87,7 +88,7 @@ def _print(document: dict[str, Any]) -> None:
             )
             for s in document["swaps"][:5]
         ]
-        console.table(rows, ("SWAP", "MODEL", "TO", "STATE", "DONE", "MESSAGE"))
+        terminal.table(rows, ("SWAP", "MODEL", "TO", "STATE", "DONE", "MESSAGE"))
     if document["runs"]:
         click.echo()
         console.runs_table(document["runs"][:10])

@@ -9,6 +9,7 @@ import click
 
 from interlock.cli import console
 from interlock.client.admin import AdminClient
+from interlock.runtime import terminal
 
 ENDED_WELL = "COMPLETED"
 
@@ -56,7 +57,7 @@ def create(model: str, version: str, reason: str, approval: bool, force: bool, w
 
     last = console.with_admin(work)
     if json_:
-        console.show_json(last)
+        terminal.show_json(last)
     if wait:
         _finish(last)
 
@@ -68,10 +69,10 @@ def listed(model: str, json_: bool) -> None:
     """Newest first."""
     swaps = console.with_admin(lambda admin: admin.swaps(model))
     if json_:
-        console.show_json(swaps)
+        terminal.show_json(swaps)
         return
     rows = [(console.last(s["name"]), console.last(s["model"]), console.last(s["stable_version"]), console.last(s["spec"]["candidate_version"]), s["state"], s["message"]) for s in swaps]  # fmt: skip
-    console.table(rows, ("SWAP", "MODEL", "FROM", "TO", "STATE", "MESSAGE"))
+    terminal.table(rows, ("SWAP", "MODEL", "FROM", "TO", "STATE", "MESSAGE"))
 
 
 @swap.command()
@@ -88,7 +89,7 @@ def receipt(swap_id: str, json_: bool) -> None:
     """What an ended swap did: versions, times, requests failed."""
     document = console.with_admin(lambda admin: admin.receipt(_name(swap_id)))
     if json_:
-        console.show_json(document)
+        terminal.show_json(document)
         return
     for name, value in document.items():
         if name == "events":

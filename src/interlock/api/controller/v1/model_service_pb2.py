@@ -27,7 +27,7 @@ from interlock.api.controller.v1 import swap_service_pb2 as interlock_dot_api_do
 from interlock.api.types.v1 import types_pb2 as interlock_dot_api_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/interlock/api/controller/v1/model_service.proto\x12\x1binterlock.api.controller.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a.interlock/api/controller/v1/swap_service.proto\x1a\"interlock/api/types/v1/types.proto\"\xfb\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x05route\x18\x02 \x01(\x0b\x32\x1d.interlock.api.types.v1.Route\x12\x13\n\x0b\x61\x63tive_swap\x18\x03 \x01(\t\x12@\n\x07\x61liases\x18\x04 \x03(\x0b\x32/.interlock.api.controller.v1.Model.AliasesEntry\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0c\x41liasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbe\x03\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x14\n\x0c\x61rtifact_uri\x18\x03 \x01(\t\x12.\n\x06origin\x18\x04 \x01(\x0b\x32\x1e.interlock.api.types.v1.Origin\x12\x39\n\x05state\x18\x05 \x01(\x0e\x32*.interlock.api.controller.v1.Version.State\x12\x0f\n\x07message\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x42\n\x07metrics\x18\x08 \x03(\x0b\x32\x31.interlock.api.controller.v1.Version.MetricsEntry\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"J\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATE_AVAILABLE\x10\x01\x12\x15\n\x11STATE_QUARANTINED\x10\x02\"\xb0\x02\n\x16RegisterVersionRequest\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1e.interlock.api.types.v1.Change\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rtifact_uri\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12.\n\x06origin\x18\x05 \x01(\x0b\x32\x1e.interlock.api.types.v1.Origin\x12Q\n\x07metrics\x18\x06 \x03(\x0b\x32@.interlock.api.controller.v1.RegisterVersionRequest.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\x17RegisterVersionResponse\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.interlock.api.controller.v1.Version\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x10GetModelResponse\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\".interlock.api.controller.v1.Model\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x32\n\x06models\x18\x01 \x03(\x0b\x32\".interlock.api.controller.v1.Model\"$\n\x13ListVersionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"N\n\x14ListVersionsResponse\x12\x36\n\x08versions\x18\x01 \x03(\x0b\x32$.interlock.api.controller.v1.Version\"z\n\x14RollbackModelRequest\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1e.interlock.api.types.v1.Change\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nquarantine\x18\x04 \x01(\x08\"H\n\x15RollbackModelResponse\x12/\n\x04swap\x18\x01 \x01(\x0b\x32!.interlock.api.controller.v1.Swap\"i\n\x11QuarantineRequest\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1e.interlock.api.types.v1.Change\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bquarantined\x18\x03 \x01(\x08\"Y\n\x12QuarantineResponse\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.interlock.api.controller.v1.Version\x12\x0c\n\x04swap\x18\x02 \x01(\t\"0\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xfb\x01\n\x0f\x45xplainResponse\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.interlock.api.controller.v1.Version\x12,\n\x05route\x18\x02 \x01(\x0b\x32\x1d.interlock.api.types.v1.Route\x12\x30\n\x05swaps\x18\x03 \x03(\x0b\x32!.interlock.api.controller.v1.Swap\x12>\n\trollbacks\x18\x04 \x03(\x0b\x32+.interlock.api.controller.v1.RollbackRecord\x12\x11\n\tsentences\x18\x05 \x03(\t\"\x8f\x02\n\x0eRollbackRecord\x12\x13\n\x0brollback_id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\x01\x12\r\n\x05limit\x18\x05 \x01(\x01\x12\x11\n\tfrom_step\x18\x06 \x01(\x03\x12\x0f\n\x07to_step\x18\x07 \x01(\x03\x12\x19\n\x11target_checkpoint\x18\x08 \x01(\t\x12\x12\n\ndecided_by\x18\t \x01(\t\x12\x19\n\x11\x61\x66\x66\x65\x63ted_versions\x18\n \x03(\t\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08trace_id\x18\x0c \x01(\t2\xa6\x06\n\x0cModelService\x12|\n\x0fRegisterVersion\x12\x33.interlock.api.controller.v1.RegisterVersionRequest\x1a\x34.interlock.api.controller.v1.RegisterVersionResponse\x12g\n\x08GetModel\x12,.interlock.api.controller.v1.GetModelRequest\x1a-.interlock.api.controller.v1.GetModelResponse\x12m\n\nListModels\x12..interlock.api.controller.v1.ListModelsRequest\x1a/.interlock.api.controller.v1.ListModelsResponse\x12s\n\x0cListVersions\x12\x30.interlock.api.controller.v1.ListVersionsRequest\x1a\x31.interlock.api.controller.v1.ListVersionsResponse\x12v\n\rRollbackModel\x12\x31.interlock.api.controller.v1.RollbackModelRequest\x1a\x32.interlock.api.controller.v1.RollbackModelResponse\x12m\n\nQuarantine\x12..interlock.api.controller.v1.QuarantineRequest\x1a/.interlock.api.controller.v1.QuarantineResponse\x12\x64\n\x07\x45xplain\x12+.interlock.api.controller.v1.ExplainRequest\x1a,.interlock.api.controller.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/interlock/api/controller/v1/model_service.proto\x12\x1binterlock.api.controller.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a.interlock/api/controller/v1/swap_service.proto\x1a\"interlock/api/types/v1/types.proto\"\xfb\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x05route\x18\x02 \x01(\x0b\x32\x1d.interlock.api.types.v1.Route\x12\x13\n\x0b\x61\x63tive_swap\x18\x03 \x01(\t\x12@\n\x07\x61liases\x18\x04 \x03(\x0b\x32/.interlock.api.controller.v1.Model.AliasesEntry\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0c\x41liasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd5\x03\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x14\n\x0c\x61rtifact_uri\x18\x03 \x01(\t\x12.\n\x06origin\x18\x04 \x01(\x0b\x32\x1e.interlock.api.types.v1.Origin\x12\x39\n\x05state\x18\x05 \x01(\x0e\x32*.interlock.api.controller.v1.Version.State\x12\x0f\n\x07message\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x42\n\x07metrics\x18\x08 \x03(\x0b\x32\x31.interlock.api.controller.v1.Version.MetricsEntry\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"a\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATE_AVAILABLE\x10\x01\x12\x15\n\x11STATE_QUARANTINED\x10\x02\x12\x15\n\x11STATE_GATE_FAILED\x10\x03\"\xb0\x02\n\x16RegisterVersionRequest\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1e.interlock.api.types.v1.Change\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rtifact_uri\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12.\n\x06origin\x18\x05 \x01(\x0b\x32\x1e.interlock.api.types.v1.Origin\x12Q\n\x07metrics\x18\x06 \x03(\x0b\x32@.interlock.api.controller.v1.RegisterVersionRequest.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\x17RegisterVersionResponse\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.interlock.api.controller.v1.Version\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x10GetModelResponse\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\".interlock.api.controller.v1.Model\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x32\n\x06models\x18\x01 \x03(\x0b\x32\".interlock.api.controller.v1.Model\"$\n\x13ListVersionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"N\n\x14ListVersionsResponse\x12\x36\n\x08versions\x18\x01 \x03(\x0b\x32$.interlock.api.controller.v1.Version\"z\n\x14RollbackModelRequest\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1e.interlock.api.types.v1.Change\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nquarantine\x18\x04 \x01(\x08\"H\n\x15RollbackModelResponse\x12/\n\x04swap\x18\x01 \x01(\x0b\x32!.interlock.api.controller.v1.Swap\"i\n\x11QuarantineRequest\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x1e.interlock.api.types.v1.Change\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bquarantined\x18\x03 \x01(\x08\"Y\n\x12QuarantineResponse\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.interlock.api.controller.v1.Version\x12\x0c\n\x04swap\x18\x02 \x01(\t\"0\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xfb\x01\n\x0f\x45xplainResponse\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.interlock.api.controller.v1.Version\x12,\n\x05route\x18\x02 \x01(\x0b\x32\x1d.interlock.api.types.v1.Route\x12\x30\n\x05swaps\x18\x03 \x03(\x0b\x32!.interlock.api.controller.v1.Swap\x12>\n\trollbacks\x18\x04 \x03(\x0b\x32+.interlock.api.controller.v1.RollbackRecord\x12\x11\n\tsentences\x18\x05 \x03(\t\"\x8f\x02\n\x0eRollbackRecord\x12\x13\n\x0brollback_id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\x01\x12\r\n\x05limit\x18\x05 \x01(\x01\x12\x11\n\tfrom_step\x18\x06 \x01(\x03\x12\x0f\n\x07to_step\x18\x07 \x01(\x03\x12\x19\n\x11target_checkpoint\x18\x08 \x01(\t\x12\x12\n\ndecided_by\x18\t \x01(\t\x12\x19\n\x11\x61\x66\x66\x65\x63ted_versions\x18\n \x03(\t\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08trace_id\x18\x0c \x01(\t2\xa6\x06\n\x0cModelService\x12|\n\x0fRegisterVersion\x12\x33.interlock.api.controller.v1.RegisterVersionRequest\x1a\x34.interlock.api.controller.v1.RegisterVersionResponse\x12g\n\x08GetModel\x12,.interlock.api.controller.v1.GetModelRequest\x1a-.interlock.api.controller.v1.GetModelResponse\x12m\n\nListModels\x12..interlock.api.controller.v1.ListModelsRequest\x1a/.interlock.api.controller.v1.ListModelsResponse\x12s\n\x0cListVersions\x12\x30.interlock.api.controller.v1.ListVersionsRequest\x1a\x31.interlock.api.controller.v1.ListVersionsResponse\x12v\n\rRollbackModel\x12\x31.interlock.api.controller.v1.RollbackModelRequest\x1a\x32.interlock.api.controller.v1.RollbackModelResponse\x12m\n\nQuarantine\x12..interlock.api.controller.v1.QuarantineRequest\x1a/.interlock.api.controller.v1.QuarantineResponse\x12\x64\n\x07\x45xplain\x12+.interlock.api.controller.v1.ExplainRequest\x1a,.interlock.api.controller.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,43 +45,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_ALIASESENTRY']._serialized_start=403
   _globals['_MODEL_ALIASESENTRY']._serialized_end=449
   _globals['_VERSION']._serialized_start=452
-  _globals['_VERSION']._serialized_end=898
+  _globals['_VERSION']._serialized_end=921
   _globals['_VERSION_METRICSENTRY']._serialized_start=776
   _globals['_VERSION_METRICSENTRY']._serialized_end=822
   _globals['_VERSION_STATE']._serialized_start=824
-  _globals['_VERSION_STATE']._serialized_end=898
-  _globals['_REGISTERVERSIONREQUEST']._serialized_start=901
-  _globals['_REGISTERVERSIONREQUEST']._serialized_end=1205
+  _globals['_VERSION_STATE']._serialized_end=921
+  _globals['_REGISTERVERSIONREQUEST']._serialized_start=924
+  _globals['_REGISTERVERSIONREQUEST']._serialized_end=1228
   _globals['_REGISTERVERSIONREQUEST_METRICSENTRY']._serialized_start=776
   _globals['_REGISTERVERSIONREQUEST_METRICSENTRY']._serialized_end=822
-  _globals['_REGISTERVERSIONRESPONSE']._serialized_start=1207
-  _globals['_REGISTERVERSIONRESPONSE']._serialized_end=1287
-  _globals['_GETMODELREQUEST']._serialized_start=1289
-  _globals['_GETMODELREQUEST']._serialized_end=1320
-  _globals['_GETMODELRESPONSE']._serialized_start=1322
-  _globals['_GETMODELRESPONSE']._serialized_end=1391
-  _globals['_LISTMODELSREQUEST']._serialized_start=1393
-  _globals['_LISTMODELSREQUEST']._serialized_end=1412
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1414
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1486
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=1488
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=1524
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1526
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1604
-  _globals['_ROLLBACKMODELREQUEST']._serialized_start=1606
-  _globals['_ROLLBACKMODELREQUEST']._serialized_end=1728
-  _globals['_ROLLBACKMODELRESPONSE']._serialized_start=1730
-  _globals['_ROLLBACKMODELRESPONSE']._serialized_end=1802
-  _globals['_QUARANTINEREQUEST']._serialized_start=1804
-  _globals['_QUARANTINEREQUEST']._serialized_end=1909
-  _globals['_QUARANTINERESPONSE']._serialized_start=1911
-  _globals['_QUARANTINERESPONSE']._serialized_end=2000
-  _globals['_EXPLAINREQUEST']._serialized_start=2002
-  _globals['_EXPLAINREQUEST']._serialized_end=2050
-  _globals['_EXPLAINRESPONSE']._serialized_start=2053
-  _globals['_EXPLAINRESPONSE']._serialized_end=2304
-  _globals['_ROLLBACKRECORD']._serialized_start=2307
-  _globals['_ROLLBACKRECORD']._serialized_end=2578
-  _globals['_MODELSERVICE']._serialized_start=2581
-  _globals['_MODELSERVICE']._serialized_end=3387
+  _globals['_REGISTERVERSIONRESPONSE']._serialized_start=1230
+  _globals['_REGISTERVERSIONRESPONSE']._serialized_end=1310
+  _globals['_GETMODELREQUEST']._serialized_start=1312
+  _globals['_GETMODELREQUEST']._serialized_end=1343
+  _globals['_GETMODELRESPONSE']._serialized_start=1345
+  _globals['_GETMODELRESPONSE']._serialized_end=1414
+  _globals['_LISTMODELSREQUEST']._serialized_start=1416
+  _globals['_LISTMODELSREQUEST']._serialized_end=1435
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1437
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1509
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1511
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1547
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1549
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1627
+  _globals['_ROLLBACKMODELREQUEST']._serialized_start=1629
+  _globals['_ROLLBACKMODELREQUEST']._serialized_end=1751
+  _globals['_ROLLBACKMODELRESPONSE']._serialized_start=1753
+  _globals['_ROLLBACKMODELRESPONSE']._serialized_end=1825
+  _globals['_QUARANTINEREQUEST']._serialized_start=1827
+  _globals['_QUARANTINEREQUEST']._serialized_end=1932
+  _globals['_QUARANTINERESPONSE']._serialized_start=1934
+  _globals['_QUARANTINERESPONSE']._serialized_end=2023
+  _globals['_EXPLAINREQUEST']._serialized_start=2025
+  _globals['_EXPLAINREQUEST']._serialized_end=2073
+  _globals['_EXPLAINRESPONSE']._serialized_start=2076
+  _globals['_EXPLAINRESPONSE']._serialized_end=2327
+  _globals['_ROLLBACKRECORD']._serialized_start=2330
+  _globals['_ROLLBACKRECORD']._serialized_end=2601
+  _globals['_MODELSERVICE']._serialized_start=2604
+  _globals['_MODELSERVICE']._serialized_end=3410
 # @@protoc_insertion_point(module_scope)

@@ -104,6 +104,8 @@ class Version(_message.Message):
         """May serve."""
         STATE_QUARANTINED: Version._State.ValueType  # 2
         """Must not serve unless forced."""
+        STATE_GATE_FAILED: Version._State.ValueType  # 3
+        """Must not serve: it fell short of the gate in its own model.toml. Nothing forces it."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Whether it may serve."""
@@ -114,6 +116,8 @@ class Version(_message.Message):
     """May serve."""
     STATE_QUARANTINED: Version.State.ValueType  # 2
     """Must not serve unless forced."""
+    STATE_GATE_FAILED: Version.State.ValueType  # 3
+    """Must not serve: it fell short of the gate in its own model.toml. Nothing forces it."""
 
     @_typing.final
     class MetricsEntry(_message.Message):
@@ -153,7 +157,7 @@ class Version(_message.Message):
     state: Global___Version.State.ValueType
     """Whether it may serve."""
     message: _builtins.str
-    """Why it is quarantined."""
+    """Why it must not serve."""
     size_bytes: _builtins.int
     """Size on disk."""
     @_builtins.property
