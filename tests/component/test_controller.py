@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from interlock.errors import (
     ResourceExhausted,
     Unimplemented,
 )
+from interlock.stores import artifacts, modelspec
+from interlock.stores.modelspec import GateSpec
 from replica_world import Remote, a_replica
 
 V1, V2, V3 = (f"models/policy/versions/{n}" for n in (1, 2, 3))
@@ -242,6 +245,33 @@ async def test_forbidding_what_serves_moves_the_traffic(tmp_path: Path) -> None:
         )
         assert story.sentences[-1] == "version 2 must not serve: drifts"
         assert any("registered by hand" in sentence for sentence in story.sentences)
+
+
+async def test_a_version_that_fell_short_of_its_own_gate_is_on_record_and_never_serves(tmp_path: Path) -> None:
+    """004 part H-5; nothing forces it: whoever wants it makes it again with another limit."""
+    async with a_world(tmp_path) as (controller, replica):
+        await controller.swap_to(await controller.register(1.0))
+        folder = tmp_path / "artifacts" / "short"
+        onnx_models.write_version(folder, onnx_models.constant(2.0))
+        gate = GateSpec("top-1 accuracy", 0.97, 0.90, 0.005, 128, "digits")
+        modelspec.write_spec(folder, replace(modelspec.read_spec(folder), gate=gate))
+        artifacts.write_manifest(folder)
+        request = model_service_pb2.RegisterVersionRequest(model="models/policy", artifact_uri=str(folder))
+        registered = (await controller.call("model", "RegisterVersion", request)).version
+        assert registered.state == model_service_pb2.Version.STATE_GATE_FAILED
+        assert registered.message.startswith("top-1 accuracy fell from 0.9700 to 0.9000 on 128 samples")
+        for force in (False, True):
+            with pytest.raises(FailedPrecondition, match="must not serve: top-1 accuracy fell") as refused:
+                await controller.create(registered.name, force=force)
+            assert (refused.value.reason, refused.value.field) == ("GATE_FAILED", "spec.candidate_version")
+        weights = [types_pb2.RouteWeight(version=V1, weight=1), types_pb2.RouteWeight(version=V2, weight=1)]
+        split = route_service_pb2.SetRouteRequest(
+            model="models/policy", expected_epoch=(await controller.route()).epoch, weights=weights
+        )
+        with pytest.raises(FailedPrecondition) as refused:
+            await controller.call("route", "SetRoute", split)
+        assert (refused.value.reason, refused.value.field) == ("GATE_FAILED", "weights[1].version")
+        assert await answer(replica) == (1.0, "1")
 
 
 async def test_the_gate_waits_for_a_person(tmp_path: Path) -> None:
