@@ -36,8 +36,8 @@ from interlock.stores import artifacts, modelspec
 from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines import Array
-from interlock_inference.engines.onnx import OnnxOptions, load
+from interlock_inference.engines import Array, EngineOptions
+from interlock_inference.engines.onnx import load
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica, Wanted
 from interlock_inference.slots import Registry, Slot
@@ -89,7 +89,7 @@ def write_models(home: Path, size: str, spec: BatchingSpec) -> dict[str, Path]:
 
 def raw(path: Path, inputs: dict[str, Array]) -> Measure:
     """One row at a time through the bare engine, on this thread."""
-    engine = load(path / "model.onnx", OnnxOptions())
+    engine = load(path / "model.onnx", None, EngineOptions())
 
     async def measure(seconds: float) -> float:
         count, start = 0, time.perf_counter()
@@ -108,7 +108,7 @@ async def plane(stack: AsyncExitStack, folders: dict[str, Path], home: Path) -> 
     stack.callback(made.close)
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     file = AssignmentFile(home / "bench.json")
-    replica = Replica(registry, recorder, file, SystemClock(), tasks, options=OnnxOptions(), warmup_iterations=20)
+    replica = Replica(registry, recorder, file, SystemClock(), tasks, options=EngineOptions(), warmup_iterations=20)
     stack.callback(replica.close)
     for model, folder in folders.items():
         async for _ in replica.prepare(Wanted(model, "1", str(folder))):

@@ -17,8 +17,7 @@ from interlock.errors import InterlockError
 from interlock.runtime.clock import SystemClock
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines import Array
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import Array, EngineOptions
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica, Wanted
 from interlock_inference.slots import Registry, Slot
@@ -88,7 +87,7 @@ async def dataplane_world(home: Path, file: AssignmentFile | None = None, **opti
     plane = DataPlane(registry, recorder, Nobody(), **options)
     async with asyncio.TaskGroup() as tasks:
         file = file or AssignmentFile(home / "replica.json")
-        replica = Replica(registry, recorder, file, SystemClock(), tasks, options=OnnxOptions(), warmup_iterations=5)
+        replica = Replica(registry, recorder, file, SystemClock(), tasks, options=EngineOptions(), warmup_iterations=5)
         try:
             yield World(home, registry, plane, replica, recorder)
         finally:

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_models
-from dataplane_world import World
+from dataplane_world import Call, World
 from dataplane_world import a_call as call
 from dataplane_world import dataplane_world as a_world
 from interlock.errors import (
@@ -185,7 +185,24 @@ async def test_wanted_outputs(world: World) -> None:
     for outputs, text in ((("z",), "unknown output 'z'"), (("y", "y"), "twice")):
         with pytest.raises(InvalidArgument, match=text):
             await world.plane.infer(call(outputs=outputs))
-    assert world.registry.find("policy", "1").stats.refused == 2
+    assert world.registry.find("policy", "1").stats.refused == 0, "no fault of the model's, whoever's it is"
+
+
+async def test_what_the_model_refuses_is_counted_and_is_no_failure(world: World) -> None:
+    indices = helper.make_tensor_value_info("x", TensorProto.INT64, ["batch"])
+    rows = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
+    table = numpy_helper.from_array(np.zeros((3, 2), np.float32), "table")
+    body = onnx_models.make([helper.make_node("Gather", ["table", "x"], ["y"])], [indices], [rows], (table,))
+    path = world.home / "gather.onnx"
+    path.write_bytes(body)
+    async for _ in world.replica.prepare(Wanted("policy", "9", str(path))):
+        pass
+    slot, _ = await world.replica.warm("policy", "9", 1)
+    await world.plane.infer(Call({"x": np.array([2])}, version="9"))
+    with pytest.raises(InvalidArgument, match="out of data bounds") as refused:
+        await world.plane.infer(Call({"x": np.array([3])}, version="9"))
+    assert refused.value.reason == "INPUT_REFUSED"
+    assert (slot.stats.refused, slot.stats.failure.count, slot.stats.success.count) == (1, 0, 1)
 
 
 # --- the replica's commands ---

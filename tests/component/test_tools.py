@@ -19,7 +19,7 @@ import onnx_models
 from interlock.errors import FailedPrecondition
 from interlock.stores import artifacts, modelspec
 from interlock.stores.modelspec import ModelSpec, TensorSpec
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import EngineOptions
 from interlock_inference.repository import open_artifact
 from rooms import PATHS
 
@@ -136,7 +136,7 @@ def test_a_quantised_version_carries_its_gate_and_its_report(tmp_path: Path) -> 
     report = json.loads((out / "quantize.json").read_text())
     assert report["bytes"]["int8"] < report["bytes"]["before"]
     assert [row["batch"] for row in report["speeds"]] == [1, 8, 32]
-    opened = open_artifact(out, manifest.digest, OnnxOptions(), lambda percent, message: None)
+    opened = open_artifact(out, manifest.digest, EngineOptions(), lambda percent, message: None)
     assert opened.engine.run({"image": np.zeros((1, 64), np.float32)}, ["score"])[0].shape == (1, 10)
 
 
@@ -147,7 +147,7 @@ def test_a_version_that_falls_short_is_kept_and_no_engine_loads_it(tmp_path: Pat
     assert "gate             failed: this version can't serve" in done.stdout
     assert "must not serve: top-1 accuracy fell from 0." in done.stderr
     with pytest.raises(FailedPrecondition, match="must not serve: top-1 accuracy fell") as refused:
-        open_artifact(out, "", OnnxOptions(), lambda percent, message: None)
+        open_artifact(out, "", EngineOptions(), lambda percent, message: None)
     assert refused.value.reason == "GATE_FAILED"
 
 

@@ -16,7 +16,8 @@ from batching_world import BAD, Call, a_world, outcome
 from interlock.errors import DeadlineExceeded, InvalidArgument
 from interlock.stores.modelspec import BatchingSpec
 from interlock_inference.batching import Pace, choose
-from interlock_inference.engines.onnx import OnnxOptions, load
+from interlock_inference.engines import EngineOptions
+from interlock_inference.engines.onnx import load
 
 FATES = ("answered", "answered", "answered", "cancelled", "expired", "bad")
 
@@ -184,7 +185,7 @@ def test_the_pace_stays_within_what_was_measured(measured: list[tuple[int, float
 def test_rows_of_a_real_network_together_and_alone(tmp_path: Any, sizes: tuple[int, ...], tolerance: float) -> None:
     """Within 1e-5 of the largest output; the library multiplies in another order for other numbers of rows, so not bit for bit."""
     (tmp_path / "model.onnx").write_bytes(onnx_models.mlp(sizes))
-    engine = load(tmp_path / "model.onnx", OnnxOptions())
+    engine = load(tmp_path / "model.onnx", None, EngineOptions())
     sent = np.random.default_rng(1).standard_normal((33, sizes[0])).astype(np.float32)
     (together,) = engine.run({"x": sent}, ["y"])
     for row in range(33):

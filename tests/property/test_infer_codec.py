@@ -18,7 +18,7 @@ from interlock.errors import InterlockError, Internal
 from interlock.runtime.arrays import NUMPY_TYPES, encode_raw
 from interlock_inference import repository
 from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import EngineOptions
 from interlock_inference.recorder import Recorder
 from interlock_inference.servicers.codec import InferCall, ResponseMaker
 from interlock_inference.slots import Origin, Registry, Slot, SlotState, Warmup
@@ -42,7 +42,7 @@ class Served:
     def __init__(self, folder: Path, body: bytes) -> None:
         (folder / "model.onnx").write_bytes(body)
         slot = Slot("policy", "1", str(folder), Origin())
-        slot.loaded(repository.open_artifact(folder / "model.onnx", "", OnnxOptions(), lambda percent, message: None))
+        slot.loaded(repository.open_artifact(folder / "model.onnx", "", EngineOptions(), lambda percent, message: None))
         slot.warmup = Warmup(1, 0, 0.0, 0.0, 1e-9, 1)
         slot.move(SlotState.READY)
         registry = Registry()

@@ -19,8 +19,7 @@ from interlock.errors import InterlockError, Internal
 from interlock.runtime.clock import SystemClock
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines import Array
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import Array, EngineOptions
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica, Wanted
 from interlock_inference.slots import Registry, Slot, SlotState
@@ -74,7 +73,7 @@ class World:
         async with asyncio.TaskGroup() as tasks:
             file = AssignmentFile(self.home / "replica.json")
             self.replica = Replica(
-                self.registry, recorder, file, SystemClock(), tasks, options=OnnxOptions(), warmup_iterations=1
+                self.registry, recorder, file, SystemClock(), tasks, options=EngineOptions(), warmup_iterations=1
             )
             await self.replica.restore()
             await self.check()

@@ -129,10 +129,8 @@ class Story:
         """`errors version=2 failures=5 successes=95`: what every replica counted."""
         for replica in self.replicas.values():
             slot = replica.slots[block.option("version")]
-            counted = {k: int(block.option(k, "0")) for k in ("failures", "successes")}
-            replica.slots[block.option("version")] = type(slot)(
-                slot.state, slot.parked, 0, counted["successes"], counted["failures"]
-            )
+            counted = {k: int(block.option(k, "0")) for k in ("failures", "successes", "refusals")}
+            replica.slots[block.option("version")] = type(slot)(slot.state, slot.parked, **counted)
 
     def do_replica(self, block: driver.Block) -> None:
         """`replica down r1` or `replica restart r1`."""

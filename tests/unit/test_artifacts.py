@@ -164,3 +164,48 @@ def test_batching_is_read_back_as_written_and_refused_with_its_key(tmp_path: Pat
         with pytest.raises(InvalidArgument) as refused:
             modelspec.parse_spec({**good, "batching": table})
         assert (refused.value.reason, refused.value.field) == ("MODEL_SPEC_INVALID", field)
+
+
+def test_engine_options_are_read_back_as_written_and_refused_with_their_key(tmp_path: Path) -> None:
+    full = {
+        "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        "intra_op_threads": 2,
+        "execution_mode": "parallel",
+        "graph_optimization": "layout",
+        "memory_arena": False,
+        "provider_options": {
+            "CUDAExecutionProvider": {"device_id": 1, "use_tf32": False, "arena_extend_strategy": 'k"S'}
+        },
+    }
+    for options in ({}, {"providers": "auto"}, full):
+        spec = replace(SPEC, engine_options=options)
+        modelspec.write_spec(tmp_path, spec)
+        assert modelspec.read_spec(tmp_path) == spec
+    tensors = [{"name": "x", "datatype": "FP32", "shape": [-1]}]
+    good = {"name": "m", "inputs": tensors, "outputs": tensors}
+    cases: tuple[tuple[object, str], ...] = (
+        (3, "engine_options"),
+        ({"threads": 3}, "engine_options.threads"),
+        ({"providers": []}, "engine_options.providers"),
+        ({"providers": "CPUExecutionProvider"}, "engine_options.providers"),
+        ({"intra_op_threads": 0}, "engine_options.intra_op_threads"),
+        ({"execution_mode": "fast"}, "engine_options.execution_mode"),
+        ({"graph_optimization": 99}, "engine_options.graph_optimization"),
+        ({"memory_pattern": "no"}, "engine_options.memory_pattern"),
+        ({"provider_options": {"CPUExecutionProvider": {"x": 1}}}, "engine_options.provider_options"),
+        ({"provider_options": {"CUDAExecutionProvider": {"device_id": [1]}}}, "engine_options.provider_options"),
+        # would have the runtime load a library, or write where it likes
+        (
+            {"provider_options": {"TensorrtExecutionProvider": {"trt_extra_plugin_lib_paths": "x.so"}}},
+            "engine_options.provider_options",
+        ),
+        (
+            {"provider_options": {"TensorrtExecutionProvider": {"trt_engine_cache_path": "/"}}},
+            "engine_options.provider_options",
+        ),
+        ({"provider_options": {"OpenVINOExecutionProvider": {"load_config": "x"}}}, "engine_options.provider_options"),
+    )
+    for table, field in cases:
+        with pytest.raises(InvalidArgument) as refused:
+            modelspec.parse_spec({**good, "engine_options": table})
+        assert (refused.value.reason, refused.value.field) == ("MODEL_SPEC_INVALID", field)

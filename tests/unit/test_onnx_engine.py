@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +15,18 @@ import onnx_models
 from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound, ResourceExhausted
 from interlock.runtime.arrays import NUMPY_TYPES
 from interlock.stores import artifacts
+from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference import repository
-from interlock_inference.engines import Engine, made_up_inputs
+from interlock_inference.engines import Engine, EngineOptions, made_up_inputs
 from interlock_inference.engines import onnx as onnx_engine
-from interlock_inference.engines.onnx import OnnxOptions
 
-OPTIONS = OnnxOptions()
+OPTIONS = EngineOptions()
 
 
 def load(folder: Path, body: bytes) -> Engine:
     path = folder / "model.onnx"
     path.write_bytes(body)
-    return onnx_engine.load(path, OPTIONS)
+    return onnx_engine.load(path, None, OPTIONS)
 
 
 @pytest.mark.parametrize("onnx_type", sorted(onnx_engine.DATATYPES))
@@ -59,7 +60,7 @@ def refusal(folder: Path, body: bytes | None) -> InterlockError:
     if body is not None:
         path.write_bytes(body)
     with pytest.raises(InterlockError) as refused:
-        onnx_engine.load(path, OPTIONS)
+        onnx_engine.load(path, None, OPTIONS)
     return refused.value
 
 
@@ -96,12 +97,63 @@ def test_external_data_inside_the_folder_loads(tmp_path: Path) -> None:
 def test_a_provider_that_is_demanded_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(onnx_models.constant(1.0))
     with pytest.raises(FailedPrecondition, match="CUDAExecutionProvider") as refused:
-        onnx_engine.load(tmp_path / "model.onnx", OnnxOptions(("CUDAExecutionProvider",)))
+        onnx_engine.load(tmp_path / "model.onnx", None, EngineOptions(("CUDAExecutionProvider",)))
     assert refused.value.reason == "PROVIDER_UNAVAILABLE"
-    fallback = OnnxOptions(("CUDAExecutionProvider", "CPUExecutionProvider"))
-    assert onnx_engine.load(tmp_path / "model.onnx", fallback).providers == ("CPUExecutionProvider",)
+    fallback = EngineOptions(("CUDAExecutionProvider", "CPUExecutionProvider"))
+    assert onnx_engine.load(tmp_path / "model.onnx", None, fallback).providers == ("CPUExecutionProvider",)
     with pytest.raises(ValueError, match="providers"):
-        OnnxOptions(("gpu",))
+        onnx_engine.check_options(EngineOptions(("gpu",)))
+
+
+def test_a_version_has_options_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_models.mlp((4, 8, 4)))
+    tensors = (TensorSpec("x", "FP32", (-1, 4)),)
+    expected = onnx_engine.load(path, None, OPTIONS).run({"x": np.ones((2, 4), np.float32)}, ["y"])[0]
+    for options in (
+        {"graph_optimization": "disabled", "memory_arena": False, "memory_pattern": False},
+        {"execution_mode": "parallel", "inter_op_threads": 2, "intra_op_threads": 2, "graph_optimization": "layout"},
+        {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]},
+    ):
+        engine = onnx_engine.load(path, ModelSpec("m", tensors, tensors, engine_options=options), OPTIONS)
+        assert np.allclose(engine.run({"x": np.ones((2, 4), np.float32)}, ["y"])[0], expected, atol=1e-6)
+        assert engine.providers == ("CPUExecutionProvider",)
+    demanding = ModelSpec("m", tensors, tensors, engine_options={"providers": ["CUDAExecutionProvider"]})
+    with pytest.raises(FailedPrecondition) as refused:
+        onnx_engine.load(path, demanding, OPTIONS)
+    assert (refused.value.reason, refused.value.field) == ("PROVIDER_UNAVAILABLE", "engine_options.providers")
+
+
+def test_the_replica_caps_the_threads_that_a_version_asks_for() -> None:
+    assert EngineOptions(num_threads=3).threads(None) == 3
+    assert EngineOptions(num_threads=1, max_threads=4).threads(64) == 4
+    assert EngineOptions(num_threads=1, max_threads=4).threads(2) == 2
+    assert EngineOptions(num_threads=8, max_threads=4).threads(64) == 8, (
+        "what the replica gives to everybody is no excess"
+    )
+
+
+def test_outputs_stay_what_they_were_when_the_engine_runs_again_and_when_it_is_closed(tmp_path: Path) -> None:
+    for body in (onnx_models.mlp((4, 8, 4)), onnx_models.identity(TensorProto.FLOAT, ["n", 4])):
+        engine = load(tmp_path, body)
+        first = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+        (kept,) = engine.run({"x": first}, ["y"])
+        copy = kept.copy()
+        for seed in range(20):
+            engine.run({"x": np.random.default_rng(seed).standard_normal((64, 4)).astype(np.float32)}, ["y"])
+        engine.close()
+        del engine
+        assert kept.tobytes() == copy.tobytes()
+
+
+def test_threads_share_a_session_without_mixing_answers(tmp_path: Path) -> None:
+    engine = load(tmp_path, onnx_models.identity(TensorProto.FLOAT, ["n", 4]))
+
+    def ask(value: int) -> bool:
+        return all((engine.run({"x": np.full((8, 4), value, np.float32)}, ["y"])[0] == value).all() for _ in range(200))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(32)))
 
 
 def test_runs_that_go_wrong(tmp_path: Path) -> None:

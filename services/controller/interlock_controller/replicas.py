@@ -211,6 +211,7 @@ def _view(state: pb.ReplicaState) -> View:
             told.failure_count if told else 0,
             told.latency_seconds_p50 if told else 0.0,
             told.latency_seconds_p99 if told else 0.0,
+            told.refused_count if told else 0,
         )
     epochs = {names.parse_model(route.model): route.epoch for route in state.routes}
     return View(state.replica, epochs, slots, state.fencing_token)

@@ -216,9 +216,9 @@ class DataPlane:
 
     def _count_failure(self, slot: Slot, start: int, error: InterlockError) -> None:
         nanoseconds = time.perf_counter_ns() - start
-        if isinstance(error, InvalidArgument):
+        if error.reason == "INPUT_REFUSED":
             slot.stats.refused += 1
-        else:
+        elif not isinstance(error, InvalidArgument):
             slot.stats.failure.add(nanoseconds)
         self._observer.finished(slot, nanoseconds / 1e9, error)
 

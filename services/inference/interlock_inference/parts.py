@@ -19,7 +19,7 @@ from interlock.runtime.settings import Settings
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.bridge import ControllerAdmin
 from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import EngineOptions, onnx
 from interlock_inference.metrics import RequestMetrics, StateMetrics
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica
@@ -62,7 +62,7 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
     counted = RequestMetrics(metrics)
     plane = DataPlane(registry, recorder, counted, num_threads=_worker_threads(own.intra_op_threads))
     metrics.register(StateMetrics(registry, lambda: plane.num_queued))
-    options = OnnxOptions(tuple(own.providers), own.intra_op_threads)
+    options = onnx.check_options(EngineOptions(tuple(own.providers), own.intra_op_threads, own.max_intra_op_threads))
     file = AssignmentFile(config.home / f"replica-{own.port}.json")
     async with AsyncExitStack() as stack:
         stack.callback(plane.close)

@@ -31,8 +31,7 @@ from interlock_inference import batching, compare, repository
 from interlock_inference.assignment import Assigned, AssignedModel, Assignment, AssignmentFile
 from interlock_inference.compare import Comparison
 from interlock_inference.dataplane import run_now
-from interlock_inference.engines import Array, made_up_inputs
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import Array, EngineOptions, made_up_inputs
 from interlock_inference.recorder import Recorder
 from interlock_inference.repository import Opened
 from interlock_inference.slots import Drained, Origin, Registry, Slot, SlotState, Warmup
@@ -94,7 +93,7 @@ class Replica:
         clock: Clock,
         tasks: asyncio.TaskGroup,
         *,
-        options: OnnxOptions,
+        options: EngineOptions,
         warmup_iterations: int,
         failpoint: Callable[[str, str], None] = lambda place, version: None,
         released: Callable[[Slot], None] = lambda _: None,

@@ -16,9 +16,8 @@ from interlock.errors import DataLoss, FailedPrecondition, InterlockError, Inval
 from interlock.stores import artifacts, modelspec
 from interlock.stores.artifacts import FileEntry, Manifest
 from interlock.stores.modelspec import ModelSpec, TensorSpec
-from interlock_inference.engines import Engine, Signature
+from interlock_inference.engines import Engine, EngineOptions, Signature
 from interlock_inference.engines import onnx as onnx_engine
-from interlock_inference.engines.onnx import OnnxOptions
 
 LOAD_FACTOR = 2  # while a session is built, the file's initialisers and the session's own copies stand side by side
 
@@ -50,7 +49,7 @@ def parse_uri(uri: str) -> Path:
     return Path(text)
 
 
-def open_artifact(path: Path, expected_digest: str, options: OnnxOptions, progress: Progress) -> Opened:
+def open_artifact(path: Path, expected_digest: str, options: EngineOptions, progress: Progress) -> Opened:
     """Verifies, then loads; nothing of a file is given to an engine before its digest is right.
 
     Raises:
@@ -67,7 +66,7 @@ def open_artifact(path: Path, expected_digest: str, options: OnnxOptions, progre
     _check_fits(path, manifest.size_bytes)
     progress(40, f"loading {manifest.size_bytes} bytes")
     before = psutil.Process().memory_info().rss
-    engine = onnx_engine.load(model, options)
+    engine = onnx_engine.load(model, spec, options)
     grown = max(0, psutil.Process().memory_info().rss - before)
     if spec is not None:
         _check_claims(path, spec, engine)

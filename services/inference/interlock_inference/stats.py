@@ -33,7 +33,7 @@ class BatchStats:
 
 @dataclass(slots=True)
 class VersionStats:
-    """Written by the data plane on its event loop."""
+    """Written by the data plane on its event loop. `refused`: what fitted the signature and the model refused; other bad requests are not counted."""
 
     success: Timer = field(default_factory=Timer)
     failure: Timer = field(default_factory=Timer)

@@ -72,6 +72,7 @@ class Slot:
     failures: int = 0
     latency_p50: float = 0.0
     latency_p99: float = 0.0
+    refusals: int = 0
 
     @property
     def loaded(self) -> bool:
@@ -632,17 +633,34 @@ def _broken(c: Comparison, abs_max: float | None, rel_max: float | None, top1_mi
 
 
 def error_verdict(snapshot: Snapshot) -> tuple[str, str]:
-    """(PASS | TRIP | INCONCLUSIVE, why) on the candidate's answers since it was loaded, and on its slots."""
+    """(PASS | TRIP | INCONCLUSIVE, why) on the candidate's answers since it was loaded, and on its slots.
+
+    A refusal may be the caller's fault, and callers send the stable version the same: what counts is how much more the candidate refuses.
+    """
     candidate, limit = snapshot.swap.spec.candidate, snapshot.swap.spec.error_rate_max
     slots = [r.slots[candidate] for r in snapshot.replicas if candidate in r.slots]
     if any(slot.state is SlotState.STOPPED for slot in slots):
         return "TRIP", "the candidate stopped on a replica"
-    failures = sum(slot.failures for slot in slots)
-    total = failures + sum(slot.successes for slot in slots)
+    failures, refusals = sum(slot.failures for slot in slots), sum(slot.refusals for slot in slots)
+    total = failures + refusals + sum(slot.successes for slot in slots)
     if total < ANALYSIS_REQUESTS_MIN:
         return "INCONCLUSIVE", f"{total} of {ANALYSIS_REQUESTS_MIN} answers"
+    usual = _refusal_rate(snapshot)
+    if refusals / total > usual + limit:
+        return (
+            "TRIP",
+            f"{refusals} of {total} requests refused by the model, the stable version's share is {usual:.2%}, limit {limit:.2%} more",
+        )
     rate = failures / total
     return ("TRIP" if rate > limit else "PASS"), f"{failures} of {total} answers failed, limit {limit:.2%}"
+
+
+def _refusal_rate(snapshot: Snapshot) -> float:
+    """The share of requests that the stable versions refused since they were loaded; 0 when there is none."""
+    stable = {weight.version for weight in snapshot.swap.stable}
+    slots = [slot for r in snapshot.replicas for version, slot in r.slots.items() if version in stable]
+    total = sum(slot.successes + slot.failures + slot.refusals for slot in slots)
+    return sum(slot.refusals for slot in slots) / total if total else 0.0
 
 
 def _verdict(swap: Swap, line: str) -> Swap:

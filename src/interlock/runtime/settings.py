@@ -34,8 +34,15 @@ class InferenceSettings(_Room):
     )  # seeds 000, 001
     drain_seconds: float = Field(30.0, gt=0, description="time for requests in flight to finish")  # seed 000
     intra_op_threads: int = Field(1, ge=1, le=256, description="threads inside one inference of one version")
+    max_intra_op_threads: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="most threads that a version's model.toml may ask for; 0: as many as there are cores",
+    )
     providers: list[str] = Field(
-        default_factory=lambda: ["CPUExecutionProvider"], description="execution providers, best first"
+        default_factory=lambda: ["auto"],
+        description="execution providers, best first; auto: TensorRT, CUDA, CPU, those that work here",
     )
     max_message_mb: int = Field(64, ge=1, le=1024, description="largest request, in MiB")
     recorded_requests: int = Field(

@@ -1,11 +1,14 @@
 """`model.toml`: what a servable version is. Reads, checks and writes it; opens nothing that it names.
 
-models/policy/3/model.toml      name, engine, file, inputs, outputs, source (run, checkpoint, step), export (figures), batching, gate
+A file of `name`, `engine` and `file`; `[[inputs]]` and `[[outputs]]` (name, datatype, shape; -1 is free); `[source]` (run, checkpoint, step),
+`[export]` (figures), `[batching]` (whether and how requests may run together), `[engine_options]` (how the engine is to run it),
+`[gate]` (what it had to reach to serve).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -114,6 +117,7 @@ class ModelSpec:
         source: where it came from: run, checkpoint, attempt, step, digest.
         export: figures of the export: max_abs_error, max_rel_error, num_samples, opset.
         batching: None where the maker said nothing: each request then runs by itself.
+        engine_options: as `ENGINE_OPTIONS` allows for the engine; what is not said is the replica's.
     """
 
     name: str
@@ -124,6 +128,7 @@ class ModelSpec:
     source: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     export: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     batching: BatchingSpec | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
     gate: GateSpec | None = None
 
     @property
@@ -160,9 +165,7 @@ def read_spec(folder: Path) -> ModelSpec:
 
 def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
     """`ModelSpec` from a parsed `model.toml`; unknown keys are refused."""
-    unknown = sorted(
-        set(table) - {"name", "engine", "file", "inputs", "outputs", "source", "export", "batching", "gate"}
-    )
+    unknown = sorted(set(table) - {f.name for f in fields(ModelSpec)})
     if unknown:
         raise _invalid(unknown[0], f"model.toml: unknown key {unknown[0]!r}")
     name, engine, file = (
@@ -185,19 +188,30 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
         export=_parse_flat(table, "export"),
         batching=_parse_batching(table["batching"]) if "batching" in table else None,
         gate=_parse_gate(table["gate"]) if "gate" in table else None,
+        engine_options=_parse_table(table.get("engine_options", {}), "engine_options", ENGINE_OPTIONS[engine]),
     )
 
 
-def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+_Check = tuple[Callable[[Any], bool], str]
+"""Whether a value fits, and what would."""
+
+
+def _whole(low: int, high: int) -> _Check:
     return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
 
 
-def _milliseconds(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+def _milliseconds(low: float, high: float) -> _Check:
     return lambda value: type(value) in (int, float) and low <= value <= high, f"milliseconds from {low:g} to {high:g}"
 
 
-_BATCHING: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "enabled": (lambda value: type(value) is bool, "true or false"),
+def _one_of(*words: str) -> _Check:
+    return lambda value: value in words, f"one of {', '.join(words)}"
+
+
+_SWITCH: _Check = (lambda value: type(value) is bool, "true or false")
+
+_BATCHING: Mapping[str, _Check] = {
+    "enabled": _SWITCH,
     "max_rows": _whole(1, 65_536),
     "preferred_rows": (
         lambda value: (
@@ -213,21 +227,89 @@ _BATCHING: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "default_priority": _whole(1, 16),
     "queue_limit": _whole(0, 65_536),
     "timeout_ms": _milliseconds(0, 60_000),
-    "timeout_action": (lambda value: value in ("reject", "continue"), "reject or continue"),
+    "timeout_action": _one_of("reject", "continue"),
 }
+
+PROVIDER_OPTIONS: Mapping[str, frozenset[str]] = {
+    "CUDAExecutionProvider": frozenset(
+        {
+            "device_id",
+            "gpu_mem_limit",
+            "arena_extend_strategy",
+            "cudnn_conv_algo_search",
+            "cudnn_conv_use_max_workspace",
+            "do_copy_in_default_stream",
+            "use_tf32",
+            "prefer_nhwc",
+            "enable_cuda_graph",
+        }
+    ),
+    "TensorrtExecutionProvider": frozenset(
+        {
+            "device_id",
+            "trt_max_workspace_size",
+            "trt_max_partition_iterations",
+            "trt_min_subgraph_size",
+            "trt_fp16_enable",
+            "trt_bf16_enable",
+            "trt_int8_enable",
+            "trt_builder_optimization_level",
+            "trt_cuda_graph_enable",
+        }
+    ),
+}
+"""What a version may say to an execution provider. None of these names a file: an option that does could have a library loaded, or a path written."""
+
+ENGINE_OPTIONS: Mapping[str, Mapping[str, _Check]] = {
+    "onnx": {
+        "providers": (
+            lambda value: value == "auto" or (_is_list(value, str) and len(value) > 0),
+            '"auto" or a list of execution providers, best first',
+        ),
+        "intra_op_threads": _whole(1, 256),
+        "inter_op_threads": _whole(1, 256),
+        "execution_mode": _one_of("sequential", "parallel"),
+        "graph_optimization": _one_of("disabled", "basic", "extended", "layout", "all"),
+        "memory_arena": _SWITCH,
+        "memory_pattern": _SWITCH,
+        "provider_options": (
+            lambda value: isinstance(value, dict) and all(map(_is_provider_table, value.items())),
+            "a table of providers, each a table of "
+            + "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in PROVIDER_OPTIONS.items()),
+        ),
+    },
+}
+"""Engine -> the keys of its `[engine_options]`."""
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
+
+
+def _is_provider_table(item: tuple[str, Any]) -> bool:
+    provider, options = item
+    return (
+        isinstance(options, dict)
+        and options.keys() <= PROVIDER_OPTIONS.get(provider, frozenset())
+        and all(isinstance(value, str | int | float | bool) for value in options.values())
+    )
+
+
+def _parse_table(table: Any, name: str, checks: Mapping[str, _Check]) -> dict[str, Any]:
+    """The table as it stands, every key known and every value as its check wants it."""
+    if not isinstance(table, dict):
+        raise _invalid(name, f"model.toml: {name}: a table is needed")
+    for key, value in table.items():
+        if key not in checks:
+            raise _invalid(f"{name}.{key}", f"model.toml: {name}: unknown key {key!r}; known: {', '.join(checks)}")
+        fits, wanted = checks[key]
+        if not fits(value):
+            raise _invalid(f"{name}.{key}", f"model.toml: {name}.{key}: {value!r} is not {wanted}")
+    return table
 
 
 def _parse_batching(table: Any) -> BatchingSpec:
-    if not isinstance(table, dict):
-        raise _invalid("batching", "model.toml: batching: a table is needed")
-    for key, value in table.items():
-        if key not in _BATCHING:
-            raise _invalid(
-                f"batching.{key}", f"model.toml: batching: unknown key {key!r}; known: {', '.join(_BATCHING)}"
-            )
-        fits, wanted = _BATCHING[key]
-        if not fits(value):
-            raise _invalid(f"batching.{key}", f"model.toml: batching.{key}: {value!r} is not {wanted}")
+    table = _parse_table(table, "batching", _BATCHING)
     made = BatchingSpec(**{**table, "preferred_rows": tuple(table.get("preferred_rows", ()))})
     if made.preferred_rows and made.preferred_rows[-1] > made.max_rows:
         raise _invalid(
@@ -308,14 +390,20 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
             lines += ["", f"[{key}]", *(f"{_toml(str(k))} = {_toml(v)}" for k, v in table.items())]
     if spec.batching is not None:
         pairs = [(f.name, getattr(spec.batching, f.name)) for f in fields(spec.batching)]
-        lines += ["", "[batching]", *(f"{k} = {list(v) if isinstance(v, tuple) else _toml(v)}" for k, v in pairs)]
+        lines += ["", "[batching]", *(f"{k} = {_toml(v)}" for k, v in pairs)]
+    if spec.engine_options:
+        lines += ["", "[engine_options]", *(f"{k} = {_toml(v)}" for k, v in spec.engine_options.items())]
     if spec.gate is not None:
         lines += ["", "[gate]", *(f"{f.name} = {_toml(getattr(spec.gate, f.name))}" for f in fields(spec.gate))]
     write_durably(folder / SPEC_FILE, ("\n".join(lines) + "\n").encode())
 
 
-def _toml(value: str | float | bool) -> str:
-    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return json.dumps(value, ensure_ascii=True)
 

@@ -6,6 +6,7 @@ name and nothing of requests, routes or versions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +16,27 @@ import numpy as np
 from interlock.runtime.arrays import NUMPY_TYPES, Array
 from interlock.stores.modelspec import TensorSpec
 
-__all__ = ["Array", "Engine", "Signature", "made_up_inputs"]
+__all__ = ["Array", "Engine", "EngineOptions", "Signature", "made_up_inputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the replica says about engines. A version's own `[engine_options]` go before it, up to `max_threads`.
+
+    Attributes:
+        providers: execution providers, best first; `auto` stands for TensorRT, CUDA, CPU, as far as they are there.
+        num_threads: threads inside one run. They don't spin: a replica shares its cores with its own event loop.
+        max_threads: the most that a version may ask for; 0 means as many as there are cores.
+    """
+
+    providers: tuple[str, ...] = ("auto",)
+    num_threads: int = 1
+    max_threads: int = 0
+
+    def threads(self, asked: int | None) -> int:
+        """How many a version gets that asks for so many, or for none in particular."""
+        limit = self.max_threads or len(os.sched_getaffinity(0))
+        return self.num_threads if asked is None else min(asked, max(limit, self.num_threads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +68,7 @@ class Engine(Protocol):
         """The named outputs, in the order asked for. Thread-safe; blocks.
 
         Raises:
-            InvalidArgument: `INVALID_TENSOR`: the engine refused the inputs.
+            InvalidArgument: `INPUT_REFUSED`: what fits the signature, and the model refused all the same; `INVALID_TENSOR`: text that is none.
             Internal: `ENGINE_FAULT`.
         """
         ...

@@ -11,7 +11,6 @@ import functools
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import structlog
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound
-from interlock.stores.modelspec import TensorSpec
-from interlock_inference.engines import Array, Engine, Signature
+from interlock.stores.modelspec import ModelSpec, TensorSpec
+from interlock_inference.engines import Array, Engine, EngineOptions, Signature
 
 DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -45,28 +44,29 @@ _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _CPU = "CPUExecutionProvider"
 
 
-@dataclass(frozen=True, slots=True)
-class OnnxOptions:
-    """How sessions are built.
-
-    Attributes:
-        providers: execution providers, best first. Those that this build or machine lacks are passed over; if none is left, the load fails.
-        num_threads: intra-op threads of a session. They don't spin: a replica shares its cores with its own event loop.
-    """
-
-    providers: tuple[str, ...] = (_CPU,)
-    num_threads: int = 1
-
-    def __post_init__(self) -> None:
-        known = ort.get_all_providers()
-        for name in self.providers:
-            if name not in known:
-                raise ValueError(f"providers: {name!r} is not one of {', '.join(known)}")
-        if not self.providers or self.num_threads < 1:
-            raise ValueError("providers and num_threads: at least one of each is needed")
+_BEST_FIRST = ("TensorrtExecutionProvider", "CUDAExecutionProvider", _CPU)
+_OPTIMIZATION = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "layout": ort.GraphOptimizationLevel.ORT_ENABLE_LAYOUT,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_EXECUTION = {"sequential": ort.ExecutionMode.ORT_SEQUENTIAL, "parallel": ort.ExecutionMode.ORT_PARALLEL}
 
 
-def load(path: Path, options: OnnxOptions) -> Engine:
+def check_options(options: EngineOptions) -> EngineOptions:
+    """Holds the replica's settings to what this build of the runtime knows. Raises ValueError."""
+    known = ort.get_all_providers()
+    for name in options.providers:
+        if name != "auto" and name not in known:
+            raise ValueError(f"providers: {name!r} is not auto and not one of {', '.join(known)}")
+    if not options.providers:
+        raise ValueError("providers: at least one is needed")
+    return options
+
+
+def load(path: Path, spec: ModelSpec | None, options: EngineOptions) -> Engine:
     """Builds a session. Blocks for as long as reading and optimising the graph takes.
 
     Raises:
@@ -76,34 +76,52 @@ def load(path: Path, options: OnnxOptions) -> Engine:
     """
     if not path.is_file():
         raise NotFound(f"{path}: no such model file", reason="ARTIFACT_MISSING", metadata={"path": str(path)})
-    available = ort.get_available_providers()
-    wanted = [name for name in options.providers if name in available]
-    _check_providers(options.providers, wanted)
+    own = spec.engine_options if spec is not None else {}
+    asked, wanted = _providers(own, options)
+    _check_providers(asked, wanted)
+    details = [own.get("provider_options", {}).get(name, {}) for name in wanted]
     try:
-        session = ort.InferenceSession(str(path), _session_options(options), providers=wanted)
+        session = ort.InferenceSession(
+            str(path), _session_options(own, options), providers=wanted, provider_options=details
+        )
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base but Exception; all mean that this file can't be served
         raise _load_error(path, error) from None
-    _check_providers(options.providers, session.get_providers())
+    _check_providers(asked, session.get_providers())
     return _OnnxEngine(session, _signature(path, session))
 
 
-def _session_options(options: OnnxOptions) -> ort.SessionOptions:
+def _providers(own: Mapping[str, Any], options: EngineOptions) -> tuple[list[str], list[str]]:
+    """Those asked for by the version, else by the replica, and those of them that this build has."""
+    said = own.get("providers", options.providers)
+    names = [said] if isinstance(said, str) else list(said)
+    asked = list(dict.fromkeys(each for name in names for each in (_BEST_FIRST if name == "auto" else (name,))))
+    available = ort.get_available_providers()
+    return asked, [name for name in asked if name in available]
+
+
+def _session_options(own: Mapping[str, Any], options: EngineOptions) -> ort.SessionOptions:
     made = ort.SessionOptions()
-    made.intra_op_num_threads = options.num_threads
-    made.inter_op_num_threads = 1
+    made.intra_op_num_threads = options.threads(own.get("intra_op_threads"))
+    made.inter_op_num_threads = options.threads(own.get("inter_op_threads", 1))
+    made.execution_mode = _EXECUTION[own.get("execution_mode", "sequential")]
+    made.graph_optimization_level = _OPTIMIZATION[own.get("graph_optimization", "all")]
+    made.enable_cpu_mem_arena = own.get("memory_arena", True)
+    made.enable_mem_pattern = own.get("memory_pattern", True)
     made.log_severity_level = 4  # its errors reach us as exceptions; its log would go past ours
     made.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    made.add_session_config_entry("session.inter_op.allow_spinning", "0")
     return made
 
 
-def _check_providers(wanted: Sequence[str], actual: Sequence[str]) -> None:
+def _check_providers(asked: Sequence[str], actual: Sequence[str]) -> None:
     """A session falls back to the CPU by itself; where the CPU is not on the list, that is a failure and not a fallback."""
-    if set(wanted) & set(actual):
+    if set(asked) & set(actual):
         return
     raise FailedPrecondition(
-        f"none of the providers {', '.join(wanted)} works here, the session got {', '.join(actual)}; install onnxruntime-gpu or add {_CPU}",
+        f"none of the providers {', '.join(asked)} works here, there is {', '.join(actual) or 'none of them'}; install onnxruntime-gpu or add {_CPU}",
         reason="PROVIDER_UNAVAILABLE",
-        metadata={"wanted": ",".join(wanted), "actual": ",".join(actual)},
+        field="engine_options.providers",
+        metadata={"wanted": ",".join(asked), "actual": ",".join(actual)},
     )
 
 
@@ -165,8 +183,9 @@ def _faults_in_our_words(run: Callable[..., list[Array]]) -> Callable[..., list[
         except InterlockError:
             raise
         except ort_errors.InvalidArgument as error:
+            # names, datatypes and shapes fit: it is what the elements say, e.g. an index beyond the end, or a graph that is wrong
             raise InvalidArgument(
-                f"inputs: refused by the model: {_clean(error)}", reason="INVALID_TENSOR", field="inputs"
+                f"inputs: refused by the model: {_clean(error)}", reason="INPUT_REFUSED", field="inputs"
             ) from None
         except Exception as error:  # noqa: BLE001 - whatever the runtime throws is a fault of this run
             error_id = uuid.uuid4().hex[:16]
@@ -188,6 +207,7 @@ class _OnnxEngine:
         self.signature = signature
         self.providers = tuple(session.get_providers())
         self._bytes_inputs = tuple(s.name for s in signature.inputs if s.datatype == "BYTES")
+        self._has_text = any(s.datatype == "BYTES" for s in signature.outputs)
         self._bf16 = frozenset(s.name for s in (*signature.inputs, *signature.outputs) if s.datatype == "BF16")
 
     @_faults_in_our_words
@@ -200,7 +220,10 @@ class _OnnxEngine:
             }
         if self._bf16:
             return self._run_values(session, inputs, outputs)
-        return [_to_bytes(array) if array.dtype == object else array for array in session.run(outputs, inputs)]
+        # the binding under `session.run`: without its checks of names, which are done, a small call is a fifth faster; binding buffers
+        # instead (run_with_iobinding) is slower than either as soon as the caller is to own what comes out
+        results = session._sess.run(outputs, inputs, None)
+        return [_to_bytes(array) for array in results] if self._has_text else results
 
     def _run_values(
         self, session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Sequence[str]
@@ -245,6 +268,8 @@ def _to_text(name: str, array: Array) -> Array:
 
 
 def _to_bytes(array: Array) -> Array:
+    if array.dtype != object:
+        return array
     made = np.empty(array.size, dtype=object)
     made[:] = [item.encode() for item in array.flat]
     return made.reshape(array.shape)

@@ -243,6 +243,7 @@ def _traffic(slot: Slot) -> pb.VersionTraffic:
         version=slot.name,
         success_count=stats.success.count,
         failure_count=stats.failure.count,
+        refused_count=stats.refused,
         latency_seconds_p50=stats.percentile_seconds(0.5),
         latency_seconds_p99=stats.percentile_seconds(0.99),
     )

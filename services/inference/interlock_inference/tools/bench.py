@@ -18,8 +18,7 @@ import uvloop
 from interlock.client.load import GrpcTarget, HttpTarget, Load, Target
 from interlock.errors import Unavailable
 from interlock.runtime import terminal
-from interlock_inference.engines import Array
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import Array, EngineOptions
 from interlock_inference.tools import report, timing
 from interlock_inference.tools.options import numbers
 from interlock_inference.tools.subject import inputs_for, opened, providers_of, run_of, short
@@ -44,7 +43,7 @@ def raw_cases(
     """The bare engine, called on this thread. A batch that the model can't take has no case."""
     for wanted in providers:
         for count in threads:
-            found = opened(path, OnnxOptions(wanted, count))
+            found = opened(path, EngineOptions(wanted, count))
             engine = found.engine
             rows = inputs_for(path, engine, file)
             actual = ",".join(short(name) for name in engine.providers)
@@ -190,7 +189,7 @@ def bench(
 
 
 def _batches(path: Path, batches: Sequence[int], file: Path | None) -> dict[int, Mapping[str, Array]]:
-    engine = opened(path, OnnxOptions()).engine
+    engine = opened(path, EngineOptions()).engine
     rows = inputs_for(path, engine, file)
     found = {batch: rows.rows(engine.signature, batch) for batch in batches}
     return {batch: arrays for batch, arrays in found.items() if arrays is not None}

@@ -23,7 +23,7 @@ from interlock.runtime import terminal
 from interlock.stores import golden, modelspec
 from interlock.stores.artifacts import Manifest, write_manifest
 from interlock.stores.modelspec import GateSpec, ModelSpec
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import EngineOptions
 from interlock_inference.repository import Opened
 from interlock_inference.tools import report, timing
 from interlock_inference.tools import samples as sampling
@@ -59,7 +59,7 @@ def quantize(
     """
     if out.exists():
         raise click.UsageError(f"--out: {out} exists already")
-    options = OnnxOptions(num_threads=threads)
+    options = EngineOptions(num_threads=threads)
     with report.progress() as bar, tempfile.TemporaryDirectory(dir=_parent(out)) as scratch:
         task = bar.add_task(STEPS[0], total=len(STEPS))
 

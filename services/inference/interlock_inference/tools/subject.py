@@ -13,8 +13,7 @@ import numpy as np
 
 from interlock.errors import InvalidArgument
 from interlock.stores import golden
-from interlock_inference.engines import Array, Engine, Signature, made_up_inputs
-from interlock_inference.engines.onnx import OnnxOptions
+from interlock_inference.engines import Array, Engine, EngineOptions, Signature, made_up_inputs, onnx
 from interlock_inference.repository import Opened, open_artifact
 
 SUFFIX = "ExecutionProvider"
@@ -31,9 +30,9 @@ def short(provider: str) -> str:
     return provider.removesuffix(SUFFIX)
 
 
-def opened(path: Path, options: OnnxOptions) -> Opened:
-    """The version, loaded. Raises what `repository.open_artifact` raises."""
-    return open_artifact(path, "", options, lambda percent, message: None)
+def opened(path: Path, options: EngineOptions) -> Opened:
+    """The version, loaded. Raises ValueError for unknown providers, and what `repository.open_artifact` raises."""
+    return open_artifact(path, "", onnx.check_options(options), lambda percent, message: None)
 
 
 def run_of(engine: Engine, inputs: Mapping[str, Array]) -> Callable[[], object]:

@@ -754,6 +754,7 @@ class VersionTraffic(_message.Message):
     FAILURE_COUNT_FIELD_NUMBER: _builtins.int
     LATENCY_SECONDS_P50_FIELD_NUMBER: _builtins.int
     LATENCY_SECONDS_P99_FIELD_NUMBER: _builtins.int
+    REFUSED_COUNT_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Format: models/{model}/versions/{version}."""
     success_count: _builtins.int
@@ -764,6 +765,8 @@ class VersionTraffic(_message.Message):
     """Median seconds over the last window."""
     latency_seconds_p99: _builtins.float
     """99th percentile seconds over the last window."""
+    refused_count: _builtins.int
+    """Requests that fit the signature and that the model itself refused: its input's fault or its own, which one only a comparison tells."""
     def __init__(
         self,
         *,
@@ -772,10 +775,11 @@ class VersionTraffic(_message.Message):
         failure_count: _builtins.int = ...,
         latency_seconds_p50: _builtins.float = ...,
         latency_seconds_p99: _builtins.float = ...,
+        refused_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure_count", b"failure_count", "latency_seconds_p50", b"latency_seconds_p50", "latency_seconds_p99", b"latency_seconds_p99", "success_count", b"success_count", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure_count", b"failure_count", "latency_seconds_p50", b"latency_seconds_p50", "latency_seconds_p99", b"latency_seconds_p99", "refused_count", b"refused_count", "success_count", b"success_count", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
