@@ -60,7 +60,7 @@ def check_options(options: EngineOptions) -> EngineOptions:
     known = ort.get_all_providers()
     for name in options.providers:
         if name != "auto" and name not in known:
-            raise ValueError(f"providers: {name!r} is not auto and not one of {', '.join(known)}")
+            raise ValueError(f"providers: {name!r} is not one of auto, {', '.join(known)}")
     if not options.providers:
         raise ValueError("providers: at least one is needed")
     return options
