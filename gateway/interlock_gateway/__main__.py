@@ -20,6 +20,7 @@ from interlock.runtime.settings import Settings
 from interlock.runtime.telemetry import telemetry
 from interlock_gateway import web
 from interlock_gateway.app import Gateway
+from interlock_gateway.http import Protocol
 from interlock_gateway.predict import Predictor
 from interlock_gateway.upstreams import upstreams
 
@@ -41,12 +42,17 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
         listener = stack.enter_context(_listen(config.host, config.gateway.port))
         await stack.enter_async_context(telemetry("gateway", config.otlp_endpoint))
         up = await stack.enter_async_context(upstreams(config, keys.internal_key(), clock, stopping))
-        predictor = Predictor(up, config.gateway.predict_timeout_seconds, config.gateway.default_model)
-        site = web.build(config, up, predictor, keys)
-        max_body_bytes = config.gateway.max_body_mb << 20
-        server = _Server(
-            _uvicorn_config(Gateway(predictor, site, keys, max_body_bytes=max_body_bytes, host=config.host))
+        own = config.gateway
+        predictor = Predictor(up, up, own.predict_timeout_seconds, own.default_model)
+        application = Gateway(
+            predictor,
+            web.build(config, up, predictor, keys),
+            keys,
+            max_body_bytes=own.max_body_mb << 20,
+            receive_seconds=own.receive_timeout_seconds,
+            host=config.host,
         )
+        server = _Server(_uvicorn_config(application))
         port = listener.getsockname()[1]
         _log.info("listening", address=f"{config.host}:{port}", keys_required=keys.required)
         started(port)
@@ -71,7 +77,9 @@ def _uvicorn_config(application: Gateway) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         loop="none",
-        http="httptools",
+        interface="asgi3",
+        http=Protocol,
+        proxy_headers=False,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -1,8 +1,8 @@
-"""Open Inference Protocol between JSON over HTTP and its gRPC messages. No sockets, no state.
+"""Open Inference Protocol between JSON over HTTP, its gRPC messages, and the neutral form of `interlock.runtime.infer`. No sockets, no state.
 
-Elements become raw bytes as soon as they are parsed; the binary tensor extension passes raw bytes through without looking at them.
-What belongs to a signature (names, shapes, element counts) is checked by the replica, which holds it; here only what cannot be written
-down is refused.
+Elements in JSON become arrays of their datatype as soon as they are parsed; the binary tensor extension passes raw bytes through without
+looking at them or copying them. What belongs to a signature (names, shapes) is checked by the replica, which holds it; here only what
+cannot be written down is refused.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ import orjson
 
 from interlock.api.oip import messages
 from interlock.errors import InvalidArgument
-from interlock.runtime.arrays import NUMPY_TYPES, Array, decode_raw, encode_raw
+from interlock.runtime.arrays import NUMPY_TYPES, Array
+from interlock.runtime.infer import Buffer, InferAnswer, InferRequest, Tensor
 
 JSON_TYPES = frozenset(NUMPY_TYPES) - {"BF16"}
 """Datatypes that have a form in JSON. BF16 travels by the binary extension only."""
+ALL: Mapping[str, bool] = {"": False}
+"""No output is wanted as binary data."""
+_ALLOWED = {"b": "b", "i": "biu", "u": "biu", "f": "iuf"}
+"""Kind of a datatype to the kinds that JSON elements for it may have."""
+_OWN_PARAMETERS = frozenset({"binary_data_output"})
+_RAW_INPUT, _RAW_OUTPUT = b"\x3a", 0x32
+"""Tags of `raw_input_contents` (7) and `raw_output_contents` (6), length-delimited."""
+SCAN_BYTES = 1 << 16
+"""From this size on a response's raw outputs are taken as views instead of being copied out of a parsed message."""
 
 
 def invalid(field: str, message: str) -> InvalidArgument:
@@ -27,7 +37,7 @@ def invalid(field: str, message: str) -> InvalidArgument:
     return InvalidArgument(f"{field}: {message}", reason="INVALID_REQUEST", field=field)
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: Buffer) -> Any:
     """The JSON document in `body`; refused with the place of the mistake."""
     try:
         return orjson.loads(body)
@@ -35,7 +45,7 @@ def parse_json(body: bytes) -> Any:
         raise InvalidArgument(f"body: not JSON: {error}", reason="INVALID_JSON", field="body") from error
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: Buffer) -> dict[str, Any]:
     """The JSON object in `body`."""
     document = parse_json(body)
     if not isinstance(document, dict):
@@ -43,32 +53,82 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return document
 
 
-def infer_request(model: str, version: str, body: bytes, json_length: int | None) -> tuple[Any, dict[str, bool]]:
-    """A ModelInferRequest from a body whose first `json_length` bytes (None: all) are JSON and the rest binary tensors.
+# --- JSON and binary tensors over HTTP -> a request ---
+
+
+def infer_request(
+    model: str, version: str, body: bytes, json_length: int | None
+) -> tuple[InferRequest, Mapping[str, bool]]:
+    """A request from a body whose first `json_length` bytes (None: all) are JSON and the rest binary tensors.
 
     Returns:
-        The message, and which outputs are wanted as binary data (empty name: all others).
+        The request, and which outputs are wanted as binary data (empty name: all others).
     """
-    text, binary = (body, b"") if json_length is None else (body[:json_length], body[json_length:])
-    if json_length is not None and json_length > len(body):
-        raise invalid("Inference-Header-Content-Length", f"{json_length} is more than the body's {len(body)} bytes")
+    text: Buffer = body
+    binary: Buffer = b""
+    if json_length is not None:
+        if json_length > len(body):
+            raise invalid("Inference-Header-Content-Length", f"{json_length} is more than the body's {len(body)} bytes")
+        view = memoryview(body)
+        text, binary = view[:json_length], view[json_length:]
     document = parse_object(text)
-    request = messages.ModelInferRequest(model_name=model, model_version=version, id=_text(document, "id"))
     inputs = document.get("inputs")
     if not isinstance(inputs, list) or not inputs:
         raise invalid("inputs", "a list of at least one tensor is expected")
-    offset = 0
-    for index, tensor in enumerate(inputs):
-        offset = _add_input(request, index, tensor, binary, offset)
+    tensors, offset = [], 0
+    for index, item in enumerate(inputs):
+        tensor, offset = _input(index, item, binary, offset)
+        tensors.append(tensor)
     if offset != len(binary):
         raise invalid("inputs", f"{len(binary) - offset} bytes of binary data belong to no input")
-    wanted = {"": _binary_default(document.get("parameters"))}
-    for index, output in enumerate(document.get("outputs") or ()):
+    request = InferRequest(model, version, _text(document, "id"), tensors)
+    return request, _wanted(document, request) if "parameters" in document or "outputs" in document else ALL
+
+
+def _wanted(document: Mapping[str, Any], request: InferRequest) -> Mapping[str, bool]:
+    """Sets the request's parameters and outputs; says which outputs are wanted as binary data."""
+    parameters = document.get("parameters")
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, dict):
+        raise invalid("parameters", f"an object is expected, this is {type(parameters).__name__}")
+    wanted = {"": bool(parameters.get("binary_data_output", False))}
+    request.parameters = {n: _parameter(n, v) for n, v in parameters.items() if n not in _OWN_PARAMETERS}
+    names = []
+    outputs = document.get("outputs") or []
+    if not isinstance(outputs, list):
+        raise invalid("outputs", f"a list is expected, this is {type(outputs).__name__}")
+    for index, output in enumerate(outputs):
         if not isinstance(output, dict) or not isinstance(output.get("name"), str):
             raise invalid(f"outputs[{index}].name", "a string is expected")
-        request.outputs.add(name=output["name"])
-        wanted[output["name"]] = bool((output.get("parameters") or {}).get("binary_data", wanted[""]))
-    return request, wanted
+        names.append(output["name"])
+        own = _own_parameters(output, f"outputs[{index}]")
+        if "classification" in own:
+            raise unsupported_classification(f"outputs[{index}]")
+        wanted[output["name"]] = bool(own.get("binary_data", wanted[""]))
+    request.outputs = names
+    return wanted
+
+
+def unsupported_classification(where: str) -> InvalidArgument:
+    """Labels are a version's own affair: its `[postprocess]` says them, for every caller alike."""
+    return invalid(
+        f"{where}.parameters.classification",
+        "the classification extension is not supported; take the scores, or POST /predict, which answers labels",
+    )
+
+
+def _own_parameters(tensor: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    parameters = tensor.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise invalid(f"{where}.parameters", f"an object is expected, this is {type(parameters).__name__}")
+    return parameters
+
+
+def _parameter(name: str, value: Any) -> bool | float | str:
+    if not isinstance(value, bool | int | float | str) or (type(value) is int and not -(2**63) <= value < 2**63):
+        raise invalid(f"parameters.{name[:80]}", "a string, a number or a boolean is expected")
+    return value
 
 
 def _text(document: Mapping[str, Any], field: str) -> str:
@@ -78,38 +138,33 @@ def _text(document: Mapping[str, Any], field: str) -> str:
     return value
 
 
-def _binary_default(parameters: Any) -> bool:
-    return isinstance(parameters, dict) and bool(parameters.get("binary_data_output", False))
-
-
-def _add_input(request: Any, index: int, tensor: Any, binary: bytes, offset: int) -> int:
-    """Appends one tensor; returns the offset after its binary data."""
-    where = f"inputs[{index}]"
+def _input(index: int, tensor: Any, binary: Buffer, offset: int) -> tuple[Tensor, int]:
+    """One tensor, and the offset after its binary data."""
     if not isinstance(tensor, dict):
-        raise invalid(where, "an object with name, datatype, shape and data is expected")
-    for field, kind in (("name", str), ("datatype", str), ("shape", list)):
-        if not isinstance(tensor.get(field), kind):
-            raise invalid(f"{where}.{field}", f"a {'list of integers' if kind is list else 'string'} is expected")
-    shape = tensor["shape"]
-    if not all(isinstance(size, int) and 0 <= size < 2**31 for size in shape):
-        raise invalid(f"{where}.shape", f"{shape[:8]} is not a list of sizes")
-    request.inputs.add(name=tensor["name"], datatype=tensor["datatype"], shape=shape)
-    size = (tensor.get("parameters") or {}).get("binary_data_size")
-    if size is not None:
-        if not isinstance(size, int) or size < 0 or offset + size > len(binary):
-            raise invalid(
-                f"{where}.parameters.binary_data_size", f"{size}: {len(binary) - offset} bytes of binary data are left"
-            )
-        request.raw_input_contents.append(binary[offset : offset + size])
-        return offset + size
+        raise invalid(f"inputs[{index}]", "an object with name, datatype, shape and data is expected")
+    name, datatype, shape = tensor.get("name"), tensor.get("datatype"), tensor.get("shape")
+    if not isinstance(name, str) or not isinstance(datatype, str) or not isinstance(shape, list):
+        field = "name" if not isinstance(name, str) else "datatype" if not isinstance(datatype, str) else "shape"
+        kind = "list of integers" if field == "shape" else "string"
+        raise invalid(f"inputs[{index}].{field}", f"a {kind} is expected")
+    for size in shape:
+        if type(size) is not int or not 0 <= size < 2**31:
+            raise invalid(f"inputs[{index}].shape", f"{shape[:8]} is not a list of sizes")
+    if "parameters" in tensor:
+        size = _own_parameters(tensor, f"inputs[{index}]").get("binary_data_size")
+        if size is not None:
+            if type(size) is not int or size < 0 or offset + size > len(binary):
+                left = len(binary) - offset
+                where = f"inputs[{index}].parameters.binary_data_size"
+                raise invalid(where, f"{size}: {left} bytes of binary data are left")
+            return Tensor(name, datatype, shape, binary[offset : offset + size]), offset + size
     if "data" not in tensor:
-        raise invalid(f"{where}.data", "missing")
-    request.raw_input_contents.append(encode_elements(tensor["data"], tensor["datatype"], shape, where))
-    return offset
+        raise invalid(f"inputs[{index}].data", "missing")
+    return Tensor(name, datatype, shape, _elements(tensor["data"], datatype, shape, f"inputs[{index}]")), offset
 
 
-def encode_elements(data: Any, datatype: str, shape: Sequence[int], where: str) -> bytes:
-    """JSON elements, flat or nested, as row-major little-endian bytes; their count is held to `shape`."""
+def _elements(data: Any, datatype: str, shape: Sequence[int], where: str) -> Array:
+    """JSON elements, flat or nested, in their shape; their count is held to it."""
     if datatype not in JSON_TYPES:
         raise invalid(
             f"{where}.datatype", f"{datatype[:20]!r} has no JSON form; the others are {', '.join(sorted(JSON_TYPES))}"
@@ -117,60 +172,158 @@ def encode_elements(data: Any, datatype: str, shape: Sequence[int], where: str) 
     array = to_array(data, datatype, where)
     if array.size != math.prod(shape):
         raise invalid(f"{where}.data", f"{array.size} elements, shape {list(shape)} has {math.prod(shape)}")
-    return encode_raw(array, datatype)
+    return array.reshape(shape)
 
 
 def to_array(data: Any, datatype: str, where: str) -> Array:
     """JSON elements as an array of the datatype; ragged lists, other types and values out of range are refused."""
+    if datatype == "BYTES":
+        return _text_array(data, where)
     try:
-        array = np.array(data, dtype=object if datatype == "BYTES" else None)
+        array = np.array(data)
     except ValueError as error:
         raise invalid(f"{where}.data", "the rows have different lengths") from error
-    if datatype == "BYTES":
-        if not all(isinstance(item, str) for item in array.flat):
-            raise invalid(f"{where}.data", "BYTES elements are strings, in rows of one length")
-        return array
     wanted = NUMPY_TYPES[datatype]
-    allowed = {"b": "b", "i": "biu", "u": "biu", "f": "iuf"}[wanted.kind]
-    if array.size and array.dtype.kind not in allowed:
+    if not array.size:
+        return array.astype(wanted)
+    if array.dtype.kind not in _ALLOWED[wanted.kind]:
         raise invalid(f"{where}.data", f"elements are not all {datatype}")
-    if wanted.kind in "iu" and array.size:
+    if wanted.kind in "iu":
         limits = np.iinfo(wanted)
         if array.min() < limits.min or array.max() > limits.max:
             raise invalid(f"{where}.data", f"an element does not fit {datatype} ({limits.min} to {limits.max})")
+    if wanted.itemsize >= array.itemsize:
+        return array.astype(wanted, copy=False)
     with np.errstate(over="ignore"):  # a number beyond FP32 becomes infinite, as in every client's own conversion
         return array.astype(wanted)
 
 
-def decode_elements(raw: bytes, datatype: str, shape: Sequence[int]) -> Array:
-    """An output as an array whose `tolist` is JSON: text for BYTES. NaN and infinities have no JSON form and become null."""
-    array = decode_raw(raw, datatype, shape)
+def _text_array(data: Any, where: str) -> Array:
+    try:
+        array = np.array(data, dtype=object)
+    except ValueError as error:
+        raise invalid(f"{where}.data", "the rows have different lengths") from error
+    if not all(isinstance(item, str) for item in array.flat):
+        raise invalid(f"{where}.data", "BYTES elements are strings, in rows of one length")
+    encoded = np.empty(array.shape, dtype=object)
+    encoded.flat[:] = [item.encode() for item in array.flat]
+    return encoded
+
+
+# --- an answer -> JSON and binary tensors over HTTP ---
+
+
+def plain(array: Array, datatype: str) -> Any:
+    """An output as what orjson writes: text for BYTES. NaN and infinities have no JSON form and become null."""
     if datatype != "BYTES":
-        return array
-    text = np.array([item.decode(errors="replace") for item in array.flat], dtype=object)
-    return text.reshape(array.shape)
+        return np.ascontiguousarray(array)
+    text = np.array([item if isinstance(item, str) else item.decode(errors="replace") for item in array.flat], object)
+    return text.reshape(array.shape).tolist()
+
+
+def infer_response(answer: InferAnswer, wanted: Mapping[str, bool], traceparent: str = "") -> tuple[bytes, int | None]:
+    """(body, length of its JSON part or None when all of it is JSON) of an answer."""
+    binary: list[Buffer] = []
+    outputs = []
+    for tensor in answer.outputs:
+        item: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+        if wanted.get(tensor.name, wanted[""]) or tensor.datatype == "BF16":
+            raw = tensor.raw()
+            item["parameters"] = {"binary_data_size": len(raw)}
+            binary.append(raw)
+        else:
+            item["data"] = plain(tensor.array().ravel(), tensor.datatype)
+        outputs.append(item)
+    document: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
+    if answer.request_id:
+        document["id"] = answer.request_id
+    document["parameters"] = {**answer.parameters, "traceparent": traceparent} if traceparent else answer.parameters
+    document["outputs"] = outputs
+    text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return (b"".join([text, *binary]), len(text)) if binary else (text, None)
+
+
+# --- the neutral form <-> gRPC messages ---
+
+
+def to_wire(request: InferRequest) -> bytes:
+    """A serialized ModelInferRequest. The elements go from where they lie into the message's bytes in one step."""
+    message = messages.ModelInferRequest(model_name=request.model, model_version=request.version, id=request.request_id)
+    for tensor in request.inputs:
+        message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    for name in request.outputs:
+        message.outputs.add(name=name)
+    for name, value in request.parameters.items():
+        _set(message.parameters[name], value)
+    parts: list[Buffer] = [message.SerializeToString()]
+    for tensor in request.inputs:
+        raw = tensor.raw()
+        parts += (_RAW_INPUT, _varint(len(raw)), raw)
+    return b"".join(parts)
+
+
+def _set(parameter: Any, value: bool | float | str) -> None:
+    match value:
+        case bool():
+            parameter.bool_param = value
+        case int():
+            parameter.int64_param = value
+        case float():
+            parameter.double_param = value
+        case _:
+            parameter.string_param = value
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
+
+
+def from_wire(wire: bytes) -> InferAnswer:
+    """An answer from a serialized ModelInferResponse; the outputs of a large one are views on it."""
+    head, raws = _split(wire) if len(wire) >= SCAN_BYTES else (wire, [])
+    answer = messages.ModelInferResponse.FromString(head)
+    raws = raws or list(answer.raw_output_contents)
+    outputs = [
+        Tensor(output.name, output.datatype, list(output.shape), raw)
+        for output, raw in zip(answer.outputs, raws, strict=True)
+    ]
+    return InferAnswer(answer.model_name, answer.model_version, answer.id, outputs, parameters(answer))
+
+
+def _split(wire: bytes) -> tuple[bytes, list[Buffer]]:
+    """The message without its raw outputs, and those. A message with anything else than length-delimited fields is left whole."""
+    view, at = memoryview(wire), 0
+    rest: list[Buffer] = []
+    raws: list[Buffer] = []
+    while at < len(wire):
+        start, tag = at, wire[at]
+        if tag & 0x87 != 2:  # a field of another kind, or numbered above 15
+            return wire, []
+        length, at = _length(wire, at + 1)
+        if tag == _RAW_OUTPUT:
+            raws.append(view[at : at + length])
+        else:
+            rest.append(view[start : at + length])
+        at += length
+    return b"".join(rest), raws
+
+
+def _length(wire: bytes, at: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while True:
+        byte = wire[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+        shift += 7
 
 
 def parameters(answer: Any) -> dict[str, Any]:
     """The response parameters of a ModelInferResponse as plain values."""
     return {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in answer.parameters.items()}
-
-
-def infer_response(answer: Any, wanted: Mapping[str, bool]) -> tuple[bytes, int | None]:
-    """(body, length of its JSON part or None when all of it is JSON) of a ModelInferResponse."""
-    binary: list[bytes] = []
-    outputs = []
-    for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):
-        item: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
-        if wanted.get(output.name, wanted.get("", False)) or output.datatype == "BF16":
-            item["parameters"] = {"binary_data_size": len(raw)}
-            binary.append(raw)
-        else:
-            item["data"] = decode_elements(raw, output.datatype, output.shape).ravel().tolist()
-        outputs.append(item)
-    document: dict[str, Any] = {"model_name": answer.model_name, "model_version": answer.model_version}
-    if answer.id:
-        document["id"] = answer.id
-    document |= {"parameters": parameters(answer), "outputs": outputs}
-    text = orjson.dumps(document)
-    return (b"".join([text, *binary]), len(text)) if binary else (text, None)

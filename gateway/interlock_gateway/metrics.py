@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from prometheus_client import Counter, Histogram
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -17,11 +19,19 @@ HTTP_REQUEST_BYTES = Histogram("http_request_size_bytes", "HTTP request body siz
 HTTP_RESPONSE_BYTES = Histogram("http_response_size_bytes", "HTTP response body size", ("method",), buckets=_BYTES)
 
 
+@cache  # bounded: route templates x methods x statuses; labels() costs more than what it counts
+def _series(endpoint: str, method: str, status: int) -> tuple[tuple[Counter, Counter], tuple[Histogram, ...]]:
+    counters = (API_REQUESTS.labels(endpoint, method, str(status)), HTTP_REQUESTS.labels(method, str(status)))
+    sizes = (HTTP_REQUEST_BYTES.labels(method), HTTP_RESPONSE_BYTES.labels(method))
+    return counters, (API_LATENCY.labels(endpoint, method), HTTP_DURATION.labels(method), *sizes)
+
+
 def observe(endpoint: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int) -> None:
     """Counts one finished request. `endpoint` is a route template, never a path: paths would be labels without bound."""
-    API_REQUESTS.labels(endpoint, method, str(status)).inc()
-    API_LATENCY.labels(endpoint, method).observe(seconds)
-    HTTP_REQUESTS.labels(method, str(status)).inc()
-    HTTP_DURATION.labels(method).observe(seconds)
-    HTTP_REQUEST_BYTES.labels(method).observe(request_bytes)
-    HTTP_RESPONSE_BYTES.labels(method).observe(response_bytes)
+    (api_requests, http_requests), (latency, duration, asked, answered) = _series(endpoint, method, status)
+    api_requests.inc()
+    http_requests.inc()
+    latency.observe(seconds)
+    duration.observe(seconds)
+    asked.observe(request_bytes)
+    answered.observe(response_bytes)

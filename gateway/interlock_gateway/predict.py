@@ -1,59 +1,75 @@
 """The prediction routes, without a framework: `/v2/models/{model}[/versions/{version}]/infer` and `/predict`.
 
-A prediction costs one JSON parse, one gRPC hop and one JSON dump; everything else of HTTP (documentation, validation models, middleware)
-would cost more than the model, so it stands in `web`.
+A prediction costs one JSON parse, one hop (none in the inline form) and one JSON dump; everything else of HTTP (documentation, validation
+models, middleware) would cost more than the model, so it stands in `web`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from interlock.api.oip import messages
-from interlock.errors import FailedPrecondition, NotFound, Unavailable
-from interlock.runtime.arrays import encode_raw
+from interlock.errors import FailedPrecondition, NotFound
+from interlock.runtime.infer import Answerer, InferAnswer, InferRequest, Tensor
 from interlock_gateway import codec
 from interlock_gateway.upstreams import Upstreams
 
-INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+INFER_PATH = re.compile(r"/v2/models/([^/?%]+)(?:/versions/([^/?%]+))?/infer")
+INFER_TEMPLATE = "/v2/models/{model}/infer"
 IDENTITY = "interlock-"
 """Response parameters with this prefix say which weights answered; each is also a header of the same name."""
 BINARY_LENGTH = b"inference-header-content-length"
+_JSON = (b"content-type", b"application/json")
+_BINARY = (b"content-type", b"application/octet-stream")
 
-Answer = tuple[bytes, list[tuple[bytes, bytes]]]
+Headers = Mapping[bytes, bytes]
+
+
+@dataclass(slots=True)
+class Answer:
+    """A prediction as it goes out."""
+
+    body: bytes
+    headers: list[tuple[bytes, bytes]]
 
 
 class Predictor:
-    """Answers predictions through one replica address.
+    """Answers predictions.
 
     Args:
+        answerer: who runs them.
         timeout_seconds: deadline of a prediction when the caller names none.
         default_model: the model of `/predict` when the request names none; empty: the only one that serves.
     """
 
-    def __init__(self, upstreams: Upstreams, timeout_seconds: float, default_model: str = "") -> None:
+    def __init__(
+        self, upstreams: Upstreams, answerer: Answerer, timeout_seconds: float, default_model: str = ""
+    ) -> None:
         self._up = upstreams
+        self._answerer = answerer
         self._timeout = timeout_seconds
         self._default_model = default_model
 
-    async def infer(self, path: str, headers: Mapping[bytes, bytes], body: bytes) -> Answer:
-        """The Open Inference Protocol's REST form, JSON or with the binary tensor extension."""
+    def begin(self, path: str, headers: Headers, body: bytes, traceparent: str) -> Answer | Coroutine[Any, Any, Answer]:
+        """Answers at once if it can, else returns what to await, which must be started. Raises InterlockError."""
         match = INFER_PATH.fullmatch(path)
-        assert match is not None
+        if match is None:
+            return self._predict(headers, body, traceparent)
         length = headers.get(BINARY_LENGTH)
         if length is not None and not length.isdigit():
             raise codec.invalid("Inference-Header-Content-Length", f"{length[:20]!r} is not a number")
         request, wanted = codec.infer_request(match[1], match[2] or "", body, int(length) if length else None)
-        answer = await self._call(request, headers)
-        text, json_length = codec.infer_response(answer, wanted)
-        kind = b"application/json" if json_length is None else b"application/octet-stream"
-        extra = [] if json_length is None else [(BINARY_LENGTH, str(json_length).encode())]
-        return text, [(b"content-type", kind), *extra, *_identity(codec.parameters(answer))]
+        begun = self._answerer.begin(request, _timeout(headers, self._timeout), traceparent)
+        if isinstance(begun, InferAnswer):
+            return _infer_answer(begun, wanted, traceparent)
+        return _later(begun, wanted, traceparent)
 
-    async def predict(self, headers: Mapping[bytes, bytes], body: bytes) -> Answer:
+    async def _predict(self, headers: Headers, body: bytes, traceparent: str) -> Answer:
         """The plain form: `{"model"?, "version"?, "instances": [...]}` or `{"inputs": {name: [...]}}`."""
         document = codec.parse_object(body)
         unknown = set(document) - {"model", "version", "inputs", "instances", "id"}
@@ -63,22 +79,21 @@ class Predictor:
         if not isinstance(model, str):
             raise codec.invalid("model", "a string is expected")
         signature = await self._up.signature(model)
-        request = messages.ModelInferRequest(
-            model_name=model, model_version=str(document.get("version") or ""), id=str(document.get("id") or "")
-        )
-        for name, data in _named_inputs(document, signature).items():
-            _add(request, name, data, signature)
-        answer = await self._call(request, headers)
-        outputs = {
-            output.name: codec.decode_elements(raw, output.datatype, output.shape).tolist()
-            for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
-        }
-        parameters = codec.parameters(answer)
+        tensors = [_tensor(name, data, signature) for name, data in _named_inputs(document, signature).items()]
+        request = InferRequest(model, str(document.get("version") or ""), str(document.get("id") or ""), tensors)
+        answer = await self.ask(request, headers, traceparent)
+        outputs = {tensor.name: codec.plain(tensor.array(), tensor.datatype) for tensor in answer.outputs}
         identity = {
-            name.removeprefix(IDENTITY): value for name, value in parameters.items() if name.startswith(IDENTITY)
+            name.removeprefix(IDENTITY): value for name, value in answer.parameters.items() if name.startswith(IDENTITY)
         }
-        reply = {"model": model, **identity, "version": answer.model_version, "outputs": outputs}
-        return orjson.dumps(reply), [(b"content-type", b"application/json"), *_identity(parameters)]
+        reply = {"model": model, **identity, "version": answer.version, "traceparent": traceparent, "outputs": outputs}
+        text = orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+        return Answer(text, [_JSON, *_identity(answer.parameters)])
+
+    async def ask(self, request: InferRequest, headers: Headers, traceparent: str) -> InferAnswer:
+        """One prediction within the caller's time."""
+        begun = self._answerer.begin(request, _timeout(headers, self._timeout), traceparent)
+        return begun if isinstance(begun, InferAnswer) else await begun
 
     async def only_model(self) -> str:
         """The model to use when the request names none.
@@ -105,18 +120,20 @@ class Predictor:
             f"model: several serve, name one of {', '.join(names)}", reason="MODEL_AMBIGUOUS", field="model"
         )
 
-    async def _call(self, request: Any, headers: Mapping[bytes, bytes]) -> Any:
-        timeout = _timeout(headers, self._timeout)
-        try:
-            return await self._up.call(self._up.inference.ModelInfer, request, timeout=timeout)
-        except Unavailable as error:
-            if error.reason != "DRAINING":
-                raise
-            # Refused before it was started: the one case in which trying again cannot run it twice.
-            return await self._up.call(self._up.inference.ModelInfer, request, timeout=timeout)
+
+async def _later(begun: Coroutine[Any, Any, InferAnswer], wanted: Mapping[str, bool], traceparent: str) -> Answer:
+    return _infer_answer(await begun, wanted, traceparent)
 
 
-def _timeout(headers: Mapping[bytes, bytes], default_seconds: float) -> float:
+def _infer_answer(answer: InferAnswer, wanted: Mapping[str, bool], traceparent: str) -> Answer:
+    text, json_length = codec.infer_response(answer, wanted, traceparent)
+    identity = _identity(answer.parameters)
+    if json_length is None:
+        return Answer(text, [_JSON, *identity])
+    return Answer(text, [_BINARY, (BINARY_LENGTH, b"%d" % json_length), *identity])
+
+
+def _timeout(headers: Headers, default_seconds: float) -> float:
     """The caller's `x-request-timeout-seconds`, at most the default."""
     value = headers.get(b"x-request-timeout-seconds")
     if value is None:
@@ -147,23 +164,26 @@ def _named_inputs(document: Mapping[str, Any], signature: Any) -> dict[str, Any]
     return inputs
 
 
-def _add(request: Any, name: str, data: Any, signature: Any) -> None:
-    tensor = next((tensor for tensor in signature.inputs if tensor.name == name), None)
-    if tensor is None:
-        known = ", ".join(item.name for item in signature.inputs)
-        raise codec.invalid(f"inputs.{name[:80]}", f"unknown input; the model has {known}")
-    array = codec.to_array(data, tensor.datatype, f"inputs.{name}")
-    shape = (
-        [1, *array.shape] if array.ndim == len(tensor.shape) - 1 else array.shape
-    )  # one row may come without its batch dimension
-    request.inputs.add(name=name, datatype=tensor.datatype, shape=shape)
-    request.raw_input_contents.append(encode_raw(array, tensor.datatype))
+def _tensor(name: str, data: Any, signature: Any) -> Tensor:
+    known = next((tensor for tensor in signature.inputs if tensor.name == name), None)
+    if known is None:
+        names = ", ".join(item.name for item in signature.inputs)
+        raise codec.invalid(f"inputs.{name[:80]}", f"unknown input; the model has {names}")
+    array = codec.to_array(data, known.datatype, f"inputs.{name}")
+    if array.ndim == len(known.shape) - 1:  # one row may come without its batch dimension
+        array = array[None]
+    return Tensor(name, known.datatype, array.shape, array)
 
 
 def _identity(parameters: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), str(value).encode()) for name, value in parameters.items() if name.startswith(IDENTITY)]
 
 
+def is_infer(path: str) -> bool:
+    """True for the protocol's own prediction route."""
+    return path.startswith("/v2/models/") and INFER_PATH.fullmatch(path) is not None
+
+
 def is_prediction(method: str, path: str) -> bool:
     """True for the routes that this module answers."""
-    return method == "POST" and (path == "/predict" or INFER_PATH.fullmatch(path) is not None)
+    return method == "POST" and (path == "/predict" or is_infer(path))

@@ -29,12 +29,16 @@ HTTP_STATUS: Mapping[str, int] = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-TOO_LARGE = "BODY_TOO_LARGE"
+TOO_LARGE, TOO_SLOW = "BODY_TOO_LARGE", "SLOW_REQUEST"
+_OWN_STATUS: Mapping[str, int] = {TOO_LARGE: 413, TOO_SLOW: 408}
+"""Reasons that HTTP has a status of its own for."""
+_HANGS_UP = frozenset(_OWN_STATUS)
+"""What is left of these bodies is not worth reading."""
 
 
 def status_of(error: InterlockError) -> int:
     """The HTTP status of an error; a body over the limit is 413 rather than 429."""
-    return 413 if error.reason == TOO_LARGE else HTTP_STATUS[error.kind]
+    return _OWN_STATUS.get(error.reason) or HTTP_STATUS[error.kind]
 
 
 def as_interlock(error: Exception, where: str) -> InterlockError:
@@ -46,7 +50,7 @@ def as_interlock(error: Exception, where: str) -> InterlockError:
     return Internal(f"internal error {error_id}", metadata={"error_id": error_id})
 
 
-def problem(error: InterlockError, request_id: str = "") -> dict[str, Any]:
+def problem(error: InterlockError, request_id: str = "", trace_id: str = "") -> dict[str, Any]:
     """The body of an error response."""
     body: dict[str, Any] = {
         "type": f"https://interlock.dev/errors/{error.reason}",
@@ -59,23 +63,24 @@ def problem(error: InterlockError, request_id: str = "") -> dict[str, Any]:
         "field": error.field,
         "metadata": error.metadata,
         "request_id": request_id,
+        "trace_id": trace_id,
         "retry_after_seconds": error.retry_after_seconds,
     }
     return body | {name: value for name, value in optional.items() if value}
 
 
 def response(
-    error: InterlockError, *, open_inference: bool, request_id: str = ""
+    error: InterlockError, *, open_inference: bool, request_id: str = "", trace_id: str = ""
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """(status, headers, body) of an error; `open_inference` adds the protocol's `error` field."""
-    body = problem(error, request_id)
+    body = problem(error, request_id, trace_id)
     if open_inference:
         body = {"error": error.message, **body}
     headers = [(b"content-type", b"application/problem+json")]
     if error.retry_after_seconds is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_seconds))).encode()))
-    if error.reason == TOO_LARGE:
-        headers.append((b"connection", b"close"))  # what is left of the body is not worth reading
+    if error.reason in _HANGS_UP:
+        headers.append((b"connection", b"close"))
     if status_of(error) == 401:
         headers.append((b"www-authenticate", b'ApiKey realm="interlock"'))
     return status_of(error), headers, orjson.dumps(body)

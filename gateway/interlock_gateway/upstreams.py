@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+
+from grpc import aio
 
 from interlock.api.controller.v1.model_service_pb2_grpc import ModelServiceStub
 from interlock.api.controller.v1.rollback_service_pb2_grpc import RollbackServiceStub
@@ -18,9 +20,13 @@ from interlock.api.trainer.v1.checkpoint_service_pb2_grpc import CheckpointServi
 from interlock.api.trainer.v1.metrics_service_pb2_grpc import MetricsServiceStub
 from interlock.api.trainer.v1.run_service_pb2_grpc import RunServiceStub
 from interlock.core.ports import Clock
+from interlock.runtime.access import KEY_HEADER
 from interlock.runtime.channels import Caller, open_channel
+from interlock.runtime.infer import InferAnswer, InferRequest
 from interlock.runtime.lifecycle import until
 from interlock.runtime.settings import Settings
+from interlock.runtime.status import from_rpc_error, translated
+from interlock_gateway import codec
 
 CALL_SECONDS = 5.0
 SIGNATURE_SECONDS = 5.0
@@ -34,6 +40,7 @@ class Upstreams:
     caller: Caller
     clock: Clock
     inference: rpc.Stub
+    infer: Any
     runtime: Any
     swaps: Any
     models: Any
@@ -54,6 +61,23 @@ class Upstreams:
     def watch(self, method: Any, request: Any) -> AsyncIterator[Any]:
         """A stream without a deadline; it ends when the gateway stops, which an open watch would otherwise hold up."""
         return until(self.caller.stream(method, request), self.stopping)
+
+    def begin(
+        self, request: InferRequest, timeout: float, traceparent: str
+    ) -> InferAnswer | Coroutine[Any, Any, InferAnswer]:
+        """A prediction by the replica; see `interlock.runtime.infer.Answerer`."""
+        return self._infer(request, timeout, traceparent)
+
+    async def _infer(self, request: InferRequest, timeout: float, traceparent: str) -> InferAnswer:
+        metadata = ((KEY_HEADER, self.caller.key), ("traceparent", traceparent))
+        try:
+            return cast(InferAnswer, await self.infer(request, timeout=timeout, metadata=metadata))
+        except aio.AioRpcError as failed:
+            error = from_rpc_error(failed)
+            if error.reason != "DRAINING":
+                raise error from failed
+        # Refused before it was started: the one case in which trying again cannot run it twice.
+        return cast(InferAnswer, await translated(self.infer(request, timeout=timeout, metadata=metadata)))
 
     async def signature(self, model: str) -> Any:
         """ModelMetadata of the version that serves `model`, believed for a few seconds."""
@@ -85,6 +109,11 @@ async def upstreams(
             caller=Caller(key),
             clock=clock,
             inference=rpc.Stub(inference),
+            infer=inference.unary_unary(
+                f"/{rpc.SERVICE_NAME}/ModelInfer",
+                request_serializer=codec.to_wire,
+                response_deserializer=codec.from_wire,
+            ),
             runtime=RuntimeServiceStub(inference),
             swaps=SwapServiceStub(controller),
             models=ModelServiceStub(controller),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import orjson
 import pytest
 
 import onnx_models
@@ -363,3 +365,101 @@ async def test_a_slow_prediction_meets_its_deadline(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["title"]) == (504, "Deadline exceeded")
         wrong = await w.http.post("/v2/models/policy/infer", json=ROW, headers={"x-request-timeout-seconds": "soon"})
         assert (wrong.status_code, wrong.json()["field"]) == (400, "x-request-timeout-seconds")
+
+
+async def raw(port: int, *sent: bytes, pause: float = 0.0) -> bytes:
+    """What one connection hears for these bytes, until the gateway hangs up or nothing more comes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    heard = b""
+    try:
+        for piece in sent:
+            writer.write(piece)
+            await asyncio.sleep(pause)
+        while piece := await asyncio.wait_for(reader.read(65536), 1.0):
+            heard += piece
+    except TimeoutError:
+        pass
+    finally:
+        writer.close()
+    return heard
+
+
+def http_request(body: bytes = b"", *headers: bytes, path: bytes = b"/v2/models/policy/infer") -> bytes:
+    head = [b"POST %b HTTP/1.1" % path, b"host: localhost", b"content-length: %d" % len(body), *headers]
+    return b"\r\n".join(head) + b"\r\n\r\n" + body
+
+
+async def test_pipelined_and_cut_up_requests_are_answered_in_order(tmp_path: Path) -> None:
+    row = orjson.dumps(ROW)
+    bad = orjson.dumps(tensor([0.0] * 3, [1, 3]))
+    async with world(tmp_path) as w:
+        several = http_request(row) + http_request(bad) + b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        heard = await raw(w.port, several + http_request(row))
+        assert re.findall(rb"HTTP/1\.1 (\d+)", heard) == [b"200", b"400", b"200", b"200"]
+        whole = http_request(row)
+        cut = await raw(w.port, *(whole[i : i + 40] for i in range(0, len(whole), 40)), pause=0.005)
+        assert cut.startswith(b"HTTP/1.1 200")
+        chunked = b"POST /v2/models/policy/infer HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        body = b"%x\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (10, row[:10], len(row) - 10, row[10:])
+        assert (await raw(w.port, chunked + body)).startswith(b"HTTP/1.1 200")
+        close = await raw(w.port, http_request(row, b"connection: close"))
+        assert close.startswith(b"HTTP/1.1 200")
+        expect = await raw(w.port, http_request(b"", b"expect: 100-continue").replace(b": 0", b": %d" % len(row)), row)
+        assert b"HTTP/1.1 200" in expect
+
+
+@pytest.mark.parametrize("path", [b"/v2/models/policy/infer", b"/predict", b"/swaps"])
+async def test_a_request_that_does_not_come_in_is_given_up(tmp_path: Path, path: bytes) -> None:
+    async with world(tmp_path, receive_timeout_seconds=0.2) as w:
+        half = http_request(b"{" * 100, path=path)[:-50]
+        heard = await raw(w.port, half)
+        assert heard.startswith(b"HTTP/1.1 408"), heard
+        assert b"SLOW_REQUEST" in heard
+        assert (await raw(w.port, b"POST /v2/mod")).startswith(b"HTTP/1.1 408")
+        assert (await w.http.post("/v2/models/policy/infer", json=ROW)).status_code == 200
+
+
+async def test_every_answer_names_its_trace(tmp_path: Path) -> None:
+    """DESIGN 9: every response carries the trace id, sampled or not; a caller's own is kept."""
+    mine = f"00-{'ab' * 16}-{'cd' * 8}-"
+    async with world(tmp_path) as w:
+        for path, body in (("/v2/models/policy/infer", ROW), ("/predict", {"instances": [[0, 0, 0, 0]]})):
+            fresh = {(await w.http.post(path, json=body)).headers["traceparent"] for _ in range(3)}
+            assert len(fresh) == 3
+            for flags in ("00", "01"):
+                kept = await w.http.post(path, json=body, headers={"traceparent": mine + flags})
+                assert kept.headers["traceparent"].split("-")[1] == "ab" * 16
+                inner = kept.json().get("parameters", kept.json())["traceparent"]
+                assert inner.split("-")[1] == "ab" * 16
+        refused = await w.http.post("/v2/models/nobody/infer", json=ROW)
+        assert refused.json()["trace_id"] == refused.headers["traceparent"].split("-")[1]
+        assert (await w.http.get("/health/live")).headers["traceparent"]
+        direct = onnx_request()
+        answer = await w.replica.oip.ModelInfer(direct)
+        assert answer.parameters["traceparent"].string_param.startswith("00-")
+        echoed = await w.replica.oip.ModelInfer(direct, metadata=(("traceparent", mine + "00"),))
+        assert echoed.parameters["traceparent"].string_param == mine + "00"
+
+
+def onnx_request() -> Any:
+    from interlock.api.oip import messages
+
+    request = messages.ModelInferRequest(model_name="policy", raw_input_contents=[bytes(16)])
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    return request
+
+
+async def test_a_caller_that_hangs_up_cancels_its_prediction(tmp_path: Path) -> None:
+    async with world(tmp_path, onnx_models.slow(1.0)) as w:
+        writers = []
+        for _ in range(20):  # more than the worker threads can begin at once
+            _, writer = await asyncio.open_connection("127.0.0.1", w.port)
+            writer.write(http_request(orjson.dumps(ROW)))
+            writers.append(writer)
+        await asyncio.sleep(0.05)
+        for writer in writers:
+            writer.close()
+        async with asyncio.timeout(20):
+            while (await w.replica.state()).slots[0].in_flight_count:
+                await asyncio.sleep(0.01)
+        assert (await w.http.post("/v2/models/policy/infer", json=ROW)).status_code == 200

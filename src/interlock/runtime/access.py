@@ -12,7 +12,7 @@ import hmac
 import os
 import secrets
 import tomllib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 import grpc
 import structlog
-from grpc import aio
 
 from interlock.errors import InterlockError, PermissionDenied, Unauthenticated
 from interlock.runtime.status import wrap_handler
@@ -55,6 +54,7 @@ class Principal:
 
 
 EVERYBODY = Principal(ANONYMOUS, frozenset({Scope.ADMIN}))
+ROOM = Principal(INTERNAL, frozenset({Scope.ADMIN}))
 NOBODY = Principal(ANONYMOUS, frozenset())
 
 
@@ -74,6 +74,7 @@ class Keys:
     def __init__(self, home: Path) -> None:
         self._path = home / "keys.toml"
         self._internal_path = home / "internal.key"
+        self._internal_key = ""
         self._stamp: tuple[int, int] | None = None
         self._by_hash: dict[str, Principal] = {}
 
@@ -81,6 +82,12 @@ class Keys:
     def required(self) -> bool:
         """True when callers need a key."""
         return self._path.exists()
+
+    def _internal(self) -> str:
+        """The rooms' own key, read once: it is made once per home and never changes while rooms run."""
+        if not self._internal_key:
+            self._internal_key = self.internal_key()
+        return self._internal_key
 
     def internal_key(self) -> str:
         """The rooms' own key; made, mode 0600, when it is not there."""
@@ -108,8 +115,8 @@ class Keys:
         """
         if not key:
             return NOBODY if self.required else EVERYBODY
-        if hmac.compare_digest(key, self.internal_key()):
-            return Principal(INTERNAL, frozenset({Scope.ADMIN}))
+        if hmac.compare_digest(key.encode(), self._internal().encode()):
+            return ROOM
         if not self.required:
             return EVERYBODY
         self._refresh()
@@ -216,27 +223,14 @@ def rpc_scope(method: str) -> Scope | None:
     return RPC_SCOPES.get(method) or RPC_SCOPES.get(method.rsplit("/", 1)[0] + "/*")
 
 
-class AccessInterceptor(aio.ServerInterceptor):
-    """Refuses calls without the method's scope before the request is read, and tells handlers who calls (`x-interlock-actor`)."""
+class Access:
+    """Holds calls to their method's scope, before the request is read."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
 
-    async def intercept_service(
-        self, continuation: Callable[..., Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        """Passes the call on, or answers UNAUTHENTICATED / PERMISSION_DENIED in the method's own arity."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        refusal = self._refusal(details)
-        return (
-            handler
-            if refusal is None
-            else wrap_handler(handler, _refuse_unary(refusal), _refuse_stream(refusal), details.method)
-        )
-
-    def _refusal(self, details: grpc.HandlerCallDetails) -> InterlockError | None:
+    def refusal(self, details: grpc.HandlerCallDetails) -> InterlockError | None:
+        """Why the caller may not call the method; None when it may."""
         scope = rpc_scope(details.method)
         if scope is None:
             return PermissionDenied(f"{details.method} has no role and is refused", reason="NO_ROLE")
@@ -248,6 +242,11 @@ class AccessInterceptor(aio.ServerInterceptor):
         except InterlockError as error:
             return error
         return None
+
+
+def refusing(handler: Any, refusal: InterlockError, method: str) -> Any:
+    """A handler of the same arity that answers with the refusal."""
+    return wrap_handler(handler, _refuse_unary(refusal), _refuse_stream(refusal), method)
 
 
 def _refuse_unary(refusal: InterlockError) -> Callable[..., Any]:

@@ -61,7 +61,7 @@ def encode_raw(array: Array, datatype: str) -> bytes:
     return array.astype(NUMPY_TYPES[datatype], copy=False).tobytes()
 
 
-def decode_raw(raw: bytes, datatype: str, shape: Sequence[int]) -> Array:
+def decode_raw(raw: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Array:
     """The array in bytes from a server that is trusted to be well-formed; a view where the type allows. Raises ValueError if it is not."""
     if datatype != "BYTES":
         return np.frombuffer(raw, NUMPY_TYPES[datatype]).reshape(shape)
@@ -69,7 +69,7 @@ def decode_raw(raw: bytes, datatype: str, shape: Sequence[int]) -> Array:
     while offset < len(raw):
         (length,) = LENGTH.unpack_from(raw, offset)
         offset += LENGTH.size
-        items.append(raw[offset : offset + length])
+        items.append(bytes(raw[offset : offset + length]))
         offset += length
     elements = np.empty(len(items), dtype=object)
     elements[:] = items

@@ -45,11 +45,11 @@ class Caller:
     """
 
     def __init__(self, key: str = "") -> None:
-        self._key = key
+        self.key = key
 
     def metadata(self, actor: str = "", extra: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
         """What goes with a call: key, traceparent, on whose behalf."""
-        pairs = {KEY_HEADER: self._key, "traceparent": current_traceparent(), ACTOR_HEADER: actor, **(extra or {})}
+        pairs = {KEY_HEADER: self.key, "traceparent": current_traceparent(), ACTOR_HEADER: actor, **(extra or {})}
         return tuple((name, value) for name, value in pairs.items() if value)
 
     async def unary(

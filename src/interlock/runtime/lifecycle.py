@@ -24,9 +24,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from interlock.errors import DataLoss, FailedPrecondition
-from interlock.runtime.access import AccessInterceptor, Keys
-from interlock.runtime.status import ErrorInterceptor, wrap_handler
-from interlock.runtime.tracing import TraceInterceptor
+from interlock.runtime.access import Access, Keys, refusing
+from interlock.runtime.status import guarded, wrap_handler
+from interlock.runtime.tracing import traced
 
 _log = structlog.get_logger(__name__)
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -56,21 +56,38 @@ def stopping_on_signals() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-class _EndWatches(aio.ServerInterceptor):
-    """Ends endless streams cleanly when the process stops."""
+class _Interceptor(aio.ServerInterceptor):
+    """What every call of a room goes through, outermost first: its trace, errors as rich statuses, access, the end of endless streams.
 
-    def __init__(self, stopping: asyncio.Event) -> None:
+    One interceptor, because each costs every call; what does not depend on the call is made once per method.
+    """
+
+    def __init__(self, keys: Keys, stopping: asyncio.Event) -> None:
+        self._access = Access(keys)
         self._stopping = stopping
+        self._guarded: dict[str, Any] = {}
 
     async def intercept_service(
         self, continuation: Callable[..., Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """Wraps the methods named in ENDLESS; the others pass."""
+        """The handler as this call needs it; an unknown method passes through to UNIMPLEMENTED."""
+        method = details.method
         handler = await continuation(details)
-        name = details.method.rsplit("/", 1)[-1]
-        if handler is None or not handler.response_streaming or not name.startswith(ENDLESS):
+        if handler is None:
+            return None
+        refusal = self._access.refusal(details)
+        if refusal is not None:
+            return traced(guarded(refusing(handler, refusal, method), method), details)
+        known = self._guarded.get(method)
+        if known is None:
+            known = self._guarded[method] = guarded(self._ended(handler, method), method)
+        return traced(known, details)
+
+    def _ended(self, handler: Any, method: str) -> Any:
+        """Methods named in ENDLESS end cleanly when the process stops; the others stay as they are."""
+        if not handler.response_streaming or not method.rsplit("/", 1)[-1].startswith(ENDLESS):
             return handler
-        return wrap_handler(handler, lambda behaviour, _method: behaviour, self._ending, details.method)
+        return wrap_handler(handler, lambda behaviour, _method: behaviour, self._ending, method)
 
     def _ending(self, behaviour: Callable[..., Any], _method: str) -> Callable[..., Any]:
         async def ending(request: Any, context: Any) -> AsyncIterator[Any]:
@@ -163,7 +180,7 @@ class GrpcRoom:
         self.health = health.aio.HealthServicer()
         self.port = 0
         self.server = aio.server(
-            interceptors=(TraceInterceptor(), ErrorInterceptor(), AccessInterceptor(keys), _EndWatches(stopping)),
+            interceptors=(_Interceptor(keys, stopping),),
             options=(
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),

@@ -80,6 +80,9 @@ class GatewaySettings(_Room):
     predict_timeout_seconds: float = Field(
         30.0, gt=0, description="deadline of a prediction when the caller names none"
     )
+    receive_timeout_seconds: float = Field(
+        30.0, gt=0, description="the longest that a request may take to come in; then 408"
+    )
     cors_origins: list[str] = Field(default_factory=list, description="origins a browser may call from")
     default_model: str = Field(
         "", description="model of /predict and /version when the request names none; empty: the only one"

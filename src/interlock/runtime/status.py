@@ -134,17 +134,9 @@ def wrap_handler(handler: Handler, unary: Callable[..., Any], stream: Callable[.
     return grpc.stream_stream_rpc_method_handler(stream(handler.stream_stream, method), **codecs)
 
 
-class ErrorInterceptor(aio.ServerInterceptor):
-    """Turns every exception of a handler into a rich status; unknown ones into INTERNAL with an error id."""
-
-    async def intercept_service(
-        self, continuation: Callable[..., Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        """Wraps the method's handler, whatever its arity; an unknown method passes through to UNIMPLEMENTED."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        return wrap_handler(handler, _guarded_unary, _guarded_stream, details.method)
+def guarded(handler: Handler, method: str) -> Handler:
+    """A handler whose every exception becomes a rich status; unknown ones INTERNAL with an error id."""
+    return wrap_handler(handler, _guarded_unary, _guarded_stream, method)
 
 
 async def translated(call: Awaitable[Any]) -> Any:

@@ -6,6 +6,7 @@ the process; the data plane makes none unless the caller sent a traceparent or a
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
@@ -20,6 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 _PROPAGATOR = TraceContextTextMapPropagator()
 _provider: TracerProvider | None = None
 _exporting = False
+_getrandbits = random.Random().getrandbits  # noqa: S311  ids, not secrets
 
 
 def exporting() -> bool:
@@ -68,6 +70,16 @@ def current_traceparent() -> str:
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier)
     return carrier.get("traceparent", "")
+
+
+def new_traceparent() -> str:
+    """A traceparent for a request that nobody samples: its ids are still worth having in answers and logs."""
+    return f"00-{_getrandbits(128):032x}-{_getrandbits(64):016x}-00"
+
+
+def is_sampled(traceparent: str) -> bool:
+    """True when the caller wants spans."""
+    return traceparent[-2:] not in ("", "00")
 
 
 def trace_id_of(traceparent: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 import structlog
-from grpc import aio
 from opentelemetry.trace import SpanKind
 
 from interlock.runtime import telemetry
@@ -16,25 +15,29 @@ from interlock.runtime.status import wrap_handler
 
 REQUEST_ID_HEADER = "x-request-id"
 HOT = ("ModelInfer", "ModelStreamInfer")
-"""Methods of the data plane: no span and no log context unless the caller sent a traceparent or spans are exported."""
+"""Methods of the data plane: no span and no log context unless the caller's trace is sampled or spans are exported."""
 QUIET = ("/grpc.",)
 """Services that are polled: no span at all."""
 
 
-class TraceInterceptor(aio.ServerInterceptor):
-    """Continues the caller's trace and binds request id and method for logs."""
+def traced(handler: Any, details: grpc.HandlerCallDetails) -> Any:
+    """A handler that continues the caller's trace and binds request id and method for logs; the same one for a call that leaves no trace."""
+    method: str = details.method
+    if method.startswith(QUIET):
+        return handler
+    if method.endswith(HOT) and not telemetry.exporting() and not telemetry.is_sampled(caller_traceparent(details)):
+        return handler
+    headers = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
+    return wrap_handler(handler, _traced_unary(headers), _traced_stream(headers), method)
 
-    async def intercept_service(
-        self, continuation: Callable[..., Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        """Wraps the handler, unless the call is to leave no trace."""
-        handler = await continuation(details)
-        if handler is None or details.method.startswith(QUIET):
-            return handler
-        headers = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
-        if details.method.endswith(HOT) and not telemetry.exporting() and "traceparent" not in headers:
-            return handler
-        return wrap_handler(handler, _traced_unary(headers), _traced_stream(headers), details.method)
+
+def caller_traceparent(call: Any) -> str:
+    """The traceparent that came with a call (its context, or the details that an interceptor sees); empty when none did."""
+    metadata = call.invocation_metadata
+    for name, value in (metadata() if callable(metadata) else metadata) or ():
+        if name == "traceparent":
+            return str(value)
+    return ""
 
 
 def _bind(headers: dict[str, str], method: str) -> dict[str, str]:

@@ -8,19 +8,13 @@ from typing import Any
 from interlock.api.oip import messages as pb
 from interlock.errors import InvalidArgument, Unimplemented
 from interlock.runtime.arrays import NUMPY_TYPES, encode_raw
+from interlock.runtime.infer import DIGEST, EPOCH, STEP, TRACE, VERSION
 from interlock_inference import tensors
 from interlock_inference.dataplane import Reply
 from interlock_inference.engines import Array
 from interlock_inference.slots import Slot
 from interlock_inference.tensors import Described, invalid
 
-VERSION, STEP, DIGEST, EPOCH, TRACE = (
-    "interlock-version",
-    "interlock-step",
-    "interlock-digest",
-    "interlock-epoch",
-    "traceparent",
-)
 RAW_ONLY = frozenset(NUMPY_TYPES) - frozenset(tensors.TYPED_FIELDS)
 
 

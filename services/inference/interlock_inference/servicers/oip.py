@@ -16,6 +16,7 @@ from interlock.core.names import check_id
 from interlock.errors import InterlockError, InvalidArgument, NotFound, Unimplemented
 from interlock.runtime import telemetry
 from interlock.runtime.lifecycle import until
+from interlock.runtime.tracing import caller_traceparent
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.replica import Replica
 from interlock_inference.servicers.codec import InferCall, ResponseMaker
@@ -69,7 +70,7 @@ class OipServicer:
         remaining = context.time_remaining()
         call = InferCall(request, _deadline(request, remaining))
         reply = await self._plane.infer(call)
-        return self._maker.response(request, reply, telemetry.current_traceparent())
+        return self._maker.response(request, reply, _trace(context))
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
@@ -251,6 +252,14 @@ def _deadline(request: pb.ModelInferRequest, remaining: float | None) -> float |
     if asked > 0:
         remaining = asked if remaining is None else min(asked, remaining)
     return None if remaining is None else time.monotonic() + remaining
+
+
+def _trace(context: Context) -> str:
+    """The trace of a call: its span's, else the caller's own, else a new one that nobody samples. An answer always names one."""
+    traceparent = caller_traceparent(context)
+    if telemetry.exporting() or telemetry.is_sampled(traceparent):
+        traceparent = telemetry.current_traceparent() or traceparent
+    return traceparent if telemetry.trace_id_of(traceparent) else telemetry.new_traceparent()
 
 
 def _check_model(model: str) -> None:

@@ -1,0 +1,188 @@
+"""HTTP/1.1 as uvicorn speaks it, with a short way for predictions: no ASGI messages, no task where the answer is there at once, one write.
+
+Rules of this file
+- Only a plain prediction on an idle connection takes the short way; everything else goes to the ASGI application, which answers predictions too.
+- A caller that hangs up cancels its prediction.
+- A request that is not there in whole after `receive_seconds` is answered 408 and the connection is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from interlock_gateway.app import Gateway, Reply
+
+ONE_WRITE_BYTES = 1 << 16
+"""A larger body is not worth copying behind its headers."""
+
+
+class _NoEvent:
+    """Nobody waits for messages on the short way."""
+
+    def set(self) -> None:
+        """Wakes nobody."""
+
+
+class _Prediction:
+    """One prediction on its connection, as uvicorn's protocol looks at it: a cycle."""
+
+    __slots__ = (
+        "disconnected",
+        "headers",
+        "keep_alive",
+        "num_bytes",
+        "parts",
+        "path",
+        "response_complete",
+        "response_started",
+        "task",
+    )
+    message_event = _NoEvent()
+
+    def __init__(self, path: str, headers: dict[bytes, bytes]) -> None:
+        self.path = path
+        self.headers = headers
+        self.parts: list[bytes] = []
+        self.num_bytes = 0
+        self.keep_alive = True
+        self.response_started = False
+        self.response_complete = False
+        self.disconnected = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection."""
+
+    app: Gateway
+    cycle: Any
+    _predicting: _Prediction | None = None
+    _receiving = False
+    _timer: asyncio.TimerHandle | None = None
+
+    # --- receiving ---
+
+    def data_received(self, data: bytes) -> None:
+        """Also watches how long a request takes to come in."""
+        super().data_received(data)
+        if self._receiving:
+            if self._timer is None and not self.transport.is_closing():
+                self._timer = self.loop.call_later(self.app.receive_seconds, self._too_slow)
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def on_message_begin(self) -> None:
+        """The scope is made in `on_headers_complete`, for requests that need one."""
+        self._receiving = True
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_headers_complete(self) -> None:
+        """Decides which way the request goes."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and not self.expect_100_continue and self.parser.get_method() == b"POST":
+            headers = dict(self.headers)
+            path = self.url.decode("latin-1")
+            if self.app.is_short(path, headers) and self.parser.should_keep_alive():
+                self.cycle = _Prediction(path, headers)
+                refusal = self.app.refused_unread(path, headers)
+                if refusal is not None:
+                    self._refuse(refusal)
+                return
+        url, received, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect
+        self.headers.extend(received)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Collects a prediction's body, up to the limit."""
+        cycle = self.cycle
+        if type(cycle) is not _Prediction:
+            super().on_body(body)
+            return
+        if cycle.response_complete:
+            return
+        cycle.num_bytes += len(body)
+        if cycle.num_bytes > self.app.max_body_bytes:
+            self._refuse(self.app.too_large(cycle.path))
+            return
+        cycle.parts.append(body)
+
+    def on_message_complete(self) -> None:
+        """Answers a prediction, at once or when it is there."""
+        self._receiving = False
+        cycle = self.cycle
+        if type(cycle) is not _Prediction:
+            super().on_message_complete()
+            return
+        if cycle.response_complete:
+            return
+        parts, cycle.parts = cycle.parts, []
+        begun = self.app.begin(cycle.path, cycle.headers, parts[0] if len(parts) == 1 else b"".join(parts))
+        if isinstance(begun, Reply):
+            self._reply(cycle, begun)
+            return
+        self._predicting = cycle
+        task = cycle.task = self.loop.create_task(self._later(cycle, begun))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _later(self, cycle: _Prediction, begun: Coroutine[Any, Any, Reply]) -> None:
+        reply = await begun
+        self._predicting = None
+        if not self.transport.is_closing():
+            self._reply(cycle, reply)
+
+    # --- answering ---
+
+    def _reply(self, cycle: _Prediction, reply: Reply) -> None:
+        head = [STATUS_LINE[reply.status]]
+        for name, value in (*self.server_state.default_headers, *reply.headers):
+            head += (name, b": ", value, b"\r\n")
+        closing = b"" if cycle.keep_alive else b"connection: close\r\n"
+        head.append(b"%bcontent-length: %d\r\n\r\n" % (closing, len(reply.body)))
+        if len(reply.body) <= ONE_WRITE_BYTES:
+            head.append(reply.body)
+            self.transport.write(b"".join(head))
+        else:
+            self.transport.write(b"".join(head))
+            self.transport.write(reply.body)
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _refuse(self, reply: Reply) -> None:
+        """Answers before the request was read, and hangs up: what is left of it is not worth reading."""
+        self.cycle.keep_alive = False
+        self._reply(self.cycle, reply)
+
+    # --- ends ---
+
+    def _too_slow(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.cycle = _Prediction("", {})  # not even its headers came
+        if self.cycle.response_started:
+            self.transport.close()
+            return
+        cycle = _Prediction(self.url.decode("latin-1"), {})
+        cycle.keep_alive = False
+        self._reply(cycle, self.app.too_slow(cycle.path))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A prediction whose caller has gone is cancelled, behind its own start: one that never starts would keep what it holds."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._predicting is not None and self._predicting.task is not None:
+            self.loop.call_soon(self._predicting.task.cancel)
+        super().connection_lost(exc)
