@@ -21,6 +21,8 @@ from interlock.stores import artifacts, modelspec
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import EngineOptions
 from interlock_inference.repository import open_artifact
+from interlock_inference.tools.timing import Timing
+from interlock_inference.tools.tune import DEFAULTS, Candidate, candidate, summary, write_tuned
 from rooms import PATHS
 
 TENSORS = ((TensorSpec("image", "FP32", (-1, 64)),), (TensorSpec("score", "FP32", (-1, 10)),))
@@ -179,3 +181,77 @@ def test_samples_that_do_not_fit_are_refused_and_nothing_is_written(
     assert done.returncode == 1
     assert says in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "rows.npz"]
+
+
+# --- ort-tune ---------------------------------------------------------------------------------------------------------------------
+
+
+def tune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return interlock("ort-tune", *arguments, "--rounds", "2", "--seconds", "0.01")
+
+
+def test_every_combination_is_measured_and_the_report_is_kept(tmp_path: Path) -> None:
+    version = digits_version(tmp_path / "3")
+    done = tune(version, "--batch", "1,8", "--threads", "1,2", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    tried = [(r["options"]["graph_optimization"], r["options"]["intra_op_threads"], r["options"]["execution_mode"]) for r in document["combinations"]]  # fmt: skip
+    levels = ("disabled", "basic", "extended", "all")
+    wanted = [(level, *rest) for level in levels for rest in ((1, "sequential"), (2, "sequential"), (2, "parallel"))]
+    assert sorted(tried) == sorted(wanted)
+    (default,) = (row for row in document["combinations"] if row["default"])
+    assert default["gain"] == 1.0
+    assert default["final"]
+    assert [row["final"] for row in document["combinations"]] == [True] * 4 + [False] * 8
+    finalists = [row["gain"] for row in document["combinations"][:4]]
+    assert finalists == sorted(finalists, reverse=True)
+    assert all(set(row["rows_per_second"]) == {"1", "8"} and not row["problem"] for row in document["combinations"])
+    (kept,) = (tmp_path / "3.reports").iterdir()
+    assert json.loads(kept.read_text()) == document
+
+
+def test_a_combination_that_answers_otherwise_is_out(tmp_path: Path) -> None:
+    opened = open_artifact(digits_version(tmp_path / "1"), "", EngineOptions(), lambda percent, message: None)
+    inputs = {"image": np.ones((1, 64), np.float32)}
+    truth = opened.engine.run(inputs, ["score"])
+    options = {**DEFAULTS, "providers": ["CPUExecutionProvider"]}
+    assert candidate(opened, options, truth, inputs).engine is not None
+    refused = candidate(opened, options, [truth[0] * 1.01], inputs)
+    assert refused.engine is None
+    assert refused.problem.startswith("answers differ by more than 0.001")
+
+
+def test_only_what_is_clearly_faster_is_recommended() -> None:
+    def rounds(rate: int) -> list[Timing]:
+        return [Timing(rate, 1.0, 1, 1, 1)] * 3
+
+    engine: Any = object()
+    candidates = [Candidate({**DEFAULTS, "providers": ["CPUExecutionProvider"], "graph_optimization": level}, engine) for level in ("all", "basic", "extended")]  # fmt: skip
+    first = {0: {1: rounds(100)}, 1: {1: rounds(180)}, 2: {1: rounds(50)}}
+    lucky = summary(candidates, first, {0: {1: rounds(100)}, 1: {1: rounds(102)}}, 0)
+    assert lucky["recommended"] is None
+    unsteady = {0: {1: rounds(100)}, 1: {1: [*rounds(90)[:1], *rounds(150)[:2]]}}
+    assert summary(candidates, first, unsteady, 0)["recommended"] is None
+    clear = summary(candidates, first, {0: {1: rounds(100)}, 1: {1: rounds(150)}}, 0)
+    assert (clear["recommended"]["graph_optimization"], clear["gain"]) == ("basic", pytest.approx(1.5))
+    assert [row["gain"] for row in clear["combinations"]] == [pytest.approx(1.5), 1.0, pytest.approx(0.5)]
+
+
+def test_the_tuned_version_has_the_options_and_the_same_model(tmp_path: Path) -> None:
+    opened = open_artifact(digits_version(tmp_path / "1"), "", EngineOptions(), lambda percent, message: None)
+    write_tuned(opened, tmp_path / "2", {"intra_op_threads": 2, "graph_optimization": "extended"})
+    assert modelspec.read_spec(tmp_path / "2").engine_options == {
+        "intra_op_threads": 2,
+        "graph_optimization": "extended",
+    }
+    assert (tmp_path / "2" / "model.onnx").read_bytes() == (tmp_path / "1" / "model.onnx").read_bytes()
+    again = open_artifact(tmp_path / "2", artifacts.verify(tmp_path / "2").digest, EngineOptions(), lambda percent, message: None)  # fmt: skip
+    assert again.engine.run({"image": np.ones((1, 64), np.float32)}, ["score"])[0].shape == (1, 10)
+
+
+def test_tuning_shows_a_table_and_says_what_to_write(tmp_path: Path) -> None:
+    done = tune(digits_version(tmp_path / "1"), "--batch", "4", "--threads", "1", "--no-report")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split() == ["PROVIDERS", "GRAPH", "MODE", "THREADS", "ROWS/S", "AT", "4", "GAIN"]
+    assert "[engine_options]" in done.stdout or "the defaults are best" in done.stdout
+    assert not (tmp_path / "1.reports").exists()

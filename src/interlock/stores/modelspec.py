@@ -392,10 +392,15 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
         pairs = [(f.name, getattr(spec.batching, f.name)) for f in fields(spec.batching)]
         lines += ["", "[batching]", *(f"{k} = {_toml(v)}" for k, v in pairs)]
     if spec.engine_options:
-        lines += ["", "[engine_options]", *(f"{k} = {_toml(v)}" for k, v in spec.engine_options.items())]
+        lines += ["", *engine_options_toml(spec.engine_options)]
     if spec.gate is not None:
         lines += ["", "[gate]", *(f"{f.name} = {_toml(getattr(spec.gate, f.name))}" for f in fields(spec.gate))]
     write_durably(folder / SPEC_FILE, ("\n".join(lines) + "\n").encode())
+
+
+def engine_options_toml(options: Mapping[str, Any]) -> list[str]:
+    """The lines of the table `[engine_options]`."""
+    return ["[engine_options]", *(f"{key} = {_toml(value)}" for key, value in options.items())]
 
 
 def _toml(value: Any) -> str:

@@ -42,9 +42,7 @@ DATATYPES = {
 _log = structlog.get_logger(__name__)
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _CPU = "CPUExecutionProvider"
-
-
-_BEST_FIRST = ("TensorrtExecutionProvider", "CUDAExecutionProvider", _CPU)
+BEST_FIRST = ("TensorrtExecutionProvider", "CUDAExecutionProvider", _CPU)
 _OPTIMIZATION = {
     "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -94,7 +92,7 @@ def _providers(own: Mapping[str, Any], options: EngineOptions) -> tuple[list[str
     """Those asked for by the version, else by the replica, and those of them that this build has."""
     said = own.get("providers", options.providers)
     names = [said] if isinstance(said, str) else list(said)
-    asked = list(dict.fromkeys(each for name in names for each in (_BEST_FIRST if name == "auto" else (name,))))
+    asked = list(dict.fromkeys(each for name in names for each in (BEST_FIRST if name == "auto" else (name,))))
     available = ort.get_available_providers()
     return asked, [name for name in asked if name in available]
 

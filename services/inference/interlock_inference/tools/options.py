@@ -6,7 +6,13 @@ import click
 
 
 def numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
-    """An option's callback: `1,2,4`, whole numbers from 1 up, each once, in the order given; anything else is a usage error that names it."""
+    """An option's callback: `1,2,4`, whole numbers from 1 up, each once, in the order given; nothing is no numbers.
+
+    Raises:
+        click.BadParameter: naming what is not a number.
+    """
+    if not value:
+        return []
     parts = [part.strip() for part in value.split(",")]
     for part in parts:
         if not part.isdecimal() or int(part) < 1:

@@ -27,7 +27,7 @@ from interlock_inference.engines import EngineOptions
 from interlock_inference.repository import Opened
 from interlock_inference.tools import report, timing
 from interlock_inference.tools import samples as sampling
-from interlock_inference.tools.subject import inputs_for, opened, run_of
+from interlock_inference.tools.subject import inputs_for, model_of, opened, run_of
 
 REPORT_FILE = "quantize.json"
 DROP_MAX = 0.005  # 004 part H-5: at most 0.5 % of top-1
@@ -72,7 +72,7 @@ def quantize(
         folder = Path(scratch) / "version"
         folder.mkdir()
         step(1)
-        to_int8(_model_of(before), folder / "model.onnx", per_channel=per_channel, reduce_range=reduce_range)
+        to_int8(model_of(before), folder / "model.onnx", per_channel=per_channel, reduce_range=reduce_range)
         write_manifest(folder)
         step(2)
         after = opened(folder, options)
@@ -100,12 +100,6 @@ def _scores(subject: Opened, output: str) -> str:
             f"--output: {output!r} is not one of {', '.join(names)}", reason="INVALID_PARAMETER", field="output"
         )
     return output or names[0]
-
-
-def _model_of(subject: Opened) -> Path:
-    if subject.path.is_file():
-        return subject.path
-    return subject.path / (subject.spec.file if subject.spec is not None else "model.onnx")
 
 
 def to_int8(source: Path, target: Path, *, per_channel: bool, reduce_range: bool) -> None:
@@ -180,7 +174,7 @@ def judge(before: Opened, after: Opened, samples: sampling.Samples, output: str,
 
 
 def _bytes(before: Opened, after: Opened) -> dict[str, int]:
-    return {key: _model_of(subject).stat().st_size for key, subject in (("before", before), ("int8", after))}
+    return {key: model_of(subject).stat().st_size for key, subject in (("before", before), ("int8", after))}
 
 
 def _shown(gate: GateSpec) -> dict[str, Any]:

@@ -35,6 +35,13 @@ def opened(path: Path, options: EngineOptions) -> Opened:
     return open_artifact(path, "", onnx.check_options(options), lambda percent, message: None)
 
 
+def model_of(subject: Opened) -> Path:
+    """The model file of a version, or the bare file."""
+    if subject.path.is_file():
+        return subject.path
+    return subject.path / (subject.spec.file if subject.spec is not None else "model.onnx")
+
+
 def run_of(engine: Engine, inputs: Mapping[str, Array]) -> Callable[[], object]:
     """One run of the engine on these inputs, all outputs asked for."""
     names = [spec.name for spec in engine.signature.outputs]

@@ -79,6 +79,7 @@ def median(timings: Iterable[Timing]) -> Timing:
     return ordered[(len(ordered) - 1) // 2]
 
 
-def ratio(left: Iterable[Timing], right: Iterable[Timing]) -> float:
-    """Median over the rounds of left's rate to right's in the same round."""
-    return statistics.median(a.calls_per_second / b.calls_per_second for a, b in zip(left, right, strict=True))
+def ratio(left: Iterable[Timing], right: Iterable[Timing], share: float = 0.5) -> float:
+    """Left's rate to right's, round by round: the median, or the ratio that `share` of the rounds stay at or below."""
+    ratios = sorted(a.calls_per_second / b.calls_per_second for a, b in zip(left, right, strict=True))
+    return statistics.median(ratios) if share == 0.5 else ratios[int(share * len(ratios))]
