@@ -82,12 +82,16 @@ def a_call(rows: int = 1, **more: object) -> Call:
 
 
 @asynccontextmanager
-async def dataplane_world(home: Path, file: AssignmentFile | None = None, **options: int) -> AsyncIterator[World]:
+async def dataplane_world(
+    home: Path, file: AssignmentFile | None = None, engines: EngineOptions | None = None, **options: int
+) -> AsyncIterator[World]:
     registry, recorder = Registry(), Recorder()
     plane = DataPlane(registry, recorder, Nobody(), **options)
     async with asyncio.TaskGroup() as tasks:
         file = file or AssignmentFile(home / "replica.json")
-        replica = Replica(registry, recorder, file, SystemClock(), tasks, options=EngineOptions(), warmup_iterations=5)
+        replica = Replica(
+            registry, recorder, file, SystemClock(), tasks, options=engines or EngineOptions(), warmup_iterations=5
+        )
         try:
             yield World(home, registry, plane, replica, recorder)
         finally:

@@ -94,6 +94,9 @@ def test_links_are_refused(folder: Path) -> None:
         ({"name": "m", "colour": 1}, "colour"),
         ({"name": "m", "engine": "pickle"}, "engine"),
         ({"name": "m", "file": "../model.onnx"}, "file"),
+        ({"name": "m", "module": "os:system"}, "module"),
+        ({"name": "m", "engine": "torch"}, "module"),
+        ({"name": "m", "engine": "torch", "module": 3}, "module"),
         ({"name": "m", "file": "/etc/model.onnx"}, "file"),
         ({"name": "m"}, "inputs"),
         ({"name": "m", "inputs": [{"name": "x"}]}, "inputs[0]"),
@@ -209,3 +212,22 @@ def test_engine_options_are_read_back_as_written_and_refused_with_their_key(tmp_
         with pytest.raises(InvalidArgument) as refused:
             modelspec.parse_spec({**good, "engine_options": table})
         assert (refused.value.reason, refused.value.field) == ("MODEL_SPEC_INVALID", field)
+
+
+def test_a_module_and_its_arguments_are_read_back_as_written(tmp_path: Path) -> None:
+    tensors = [{"name": "x", "datatype": "FP32", "shape": [-1]}]
+    table = {"name": "m", "engine": "torch", "module": "nets:Net", "inputs": tensors, "outputs": tensors}
+    spec = modelspec.parse_spec({**table, "module_args": {"sizes": [4, 8], "act": "relu", "bias": True, "p": 0.5}})
+    assert spec.file == "model.safetensors"
+    modelspec.write_spec(tmp_path, spec)
+    assert modelspec.read_spec(tmp_path) == spec
+    for part, value, field in (
+        ("module_args", [1], "module_args"),
+        ("module_args", {"a": {"b": 1}}, "module_args.a"),
+        ("engine_options", {"device": "tpu"}, "engine_options.device"),
+        ("engine_options", {"compile": True}, "engine_options.compile"),
+        ("engine_options", {"providers": "auto"}, "engine_options.providers"),
+    ):
+        with pytest.raises(InvalidArgument) as refused:
+            modelspec.parse_spec({**table, part: value})
+        assert refused.value.field == field

@@ -62,7 +62,9 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
     counted = RequestMetrics(metrics)
     plane = DataPlane(registry, recorder, counted, num_threads=_worker_threads(own.intra_op_threads))
     metrics.register(StateMetrics(registry, lambda: plane.num_queued))
-    options = onnx.check_options(EngineOptions(tuple(own.providers), own.intra_op_threads, own.max_intra_op_threads))
+    options = onnx.check_options(
+        EngineOptions(tuple(own.providers), own.intra_op_threads, own.max_intra_op_threads, tuple(own.torch_modules))
+    )
     file = AssignmentFile(config.home / f"replica-{own.port}.json")
     async with AsyncExitStack() as stack:
         stack.callback(plane.close)

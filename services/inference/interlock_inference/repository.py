@@ -55,7 +55,8 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
     Raises:
         NotFound: `ARTIFACT_MISSING`.
         ResourceExhausted: `DOES_NOT_FIT`.
-        FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `GATE_FAILED`, `SIGNATURE_MISMATCH`, `SIGNATURE_MISSING`, `PROVIDER_UNAVAILABLE`.
+        FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `GATE_FAILED`, `SIGNATURE_MISMATCH`, `SIGNATURE_MISSING`, `PROVIDER_UNAVAILABLE`, `MODULE_NOT_REGISTERED`,
+            `COMPONENT_MISSING`.
         InvalidArgument: `PATH_OUTSIDE_FOLDER`.
     """
     progress(5, f"verifying {path.name}")
@@ -66,12 +67,28 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
     _check_fits(path, manifest.size_bytes)
     progress(40, f"loading {manifest.size_bytes} bytes")
     before = psutil.Process().memory_info().rss
-    engine = onnx_engine.load(model, spec, options)
+    engine = _loader(spec)(model, spec, options)
     grown = max(0, psutil.Process().memory_info().rss - before)
     if spec is not None:
         _check_claims(path, spec, engine)
     progress(100, "loaded")
     return Opened(engine, manifest.digest, path, spec, grown)
+
+
+def _loader(spec: ModelSpec | None) -> Callable[[Path, ModelSpec | None, EngineOptions], Engine]:
+    """What loads this version. Torch is imported with the first version that needs it: it costs a second and 150 MB."""
+    if spec is None or spec.engine == "onnx":
+        return onnx_engine.load
+    try:
+        from interlock_inference.engines import torch as torch_engine
+    except ImportError as error:
+        raise FailedPrecondition(
+            f"engine = \"torch\" needs torch, which is not installed here: {error}; pip install 'interlock[torch]'",
+            reason="COMPONENT_MISSING",
+            field="engine",
+            metadata={"component": "torch"},
+        ) from None
+    return torch_engine.load
 
 
 def gate_failed(subject: str, why: str) -> FailedPrecondition:

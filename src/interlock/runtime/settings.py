@@ -44,6 +44,10 @@ class InferenceSettings(_Room):
         default_factory=lambda: ["auto"],
         description="execution providers, best first; auto: TensorRT, CUDA, CPU, those that work here",
     )
+    torch_modules: list[str] = Field(
+        default_factory=list,
+        description="code that a version may name as its module: package.module:Factory, or package.module for the modules it defines",
+    )
     max_message_mb: int = Field(64, ge=1, le=1024, description="largest request, in MiB")
     recorded_requests: int = Field(
         64, ge=0, le=4096, description="recent requests kept per model for warm-up and comparison"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,7 +21,8 @@ from interlock.errors import InvalidArgument, NotFound
 from interlock.stores.artifacts import check_relative, write_durably
 
 SPEC_FILE = "model.toml"
-ENGINES = ("onnx",)
+ENGINES: Mapping[str, str] = {"onnx": "model.onnx", "torch": "model.safetensors"}
+"""Engine -> the model file of a version that names none."""
 DATATYPES = (
     "BOOL",
     "UINT8",
@@ -114,6 +116,7 @@ class ModelSpec:
 
     Attributes:
         file: the model file, relative to the folder.
+        module: for torch: what makes the module, by a name that the operator registered. `module_args` are its arguments.
         source: where it came from: run, checkpoint, attempt, step, digest.
         export: figures of the export: max_abs_error, max_rel_error, num_samples, opset.
         batching: None where the maker said nothing: each request then runs by itself.
@@ -130,6 +133,8 @@ class ModelSpec:
     batching: BatchingSpec | None = None
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     gate: GateSpec | None = None
+    module: str = ""
+    module_args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def gate_failure(self) -> str:
@@ -168,16 +173,20 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
     unknown = sorted(set(table) - {f.name for f in fields(ModelSpec)})
     if unknown:
         raise _invalid(unknown[0], f"model.toml: unknown key {unknown[0]!r}")
-    name, engine, file = (
-        table.get(key, default) for key, default in (("name", None), ("engine", "onnx"), ("file", "model.onnx"))
-    )
+    name, engine = table.get("name"), table.get("engine", "onnx")
     if not isinstance(name, str) or not name:
         raise _invalid("name", "model.toml: name: a string is needed")
     if engine not in ENGINES:
         raise _invalid("engine", f"model.toml: engine: {engine!r} is not one of {', '.join(ENGINES)}")
+    file, module = table.get("file", ENGINES[engine]), table.get("module", "")
     if not isinstance(file, str):
         raise _invalid("file", "model.toml: file: a string is needed")
     check_relative(file, Path(SPEC_FILE))
+    if not isinstance(module, str) or bool(module) != (engine == "torch"):
+        raise _invalid(
+            "module",
+            "model.toml: module: engine torch needs the registered name of its module, and no other engine takes one",
+        )
     return ModelSpec(
         name=name,
         engine=engine,
@@ -189,6 +198,8 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
         batching=_parse_batching(table["batching"]) if "batching" in table else None,
         gate=_parse_gate(table["gate"]) if "gate" in table else None,
         engine_options=_parse_table(table.get("engine_options", {}), "engine_options", ENGINE_OPTIONS[engine]),
+        module=module,
+        module_args=_parse_arguments(table.get("module_args", {})),
     )
 
 
@@ -278,8 +289,31 @@ ENGINE_OPTIONS: Mapping[str, Mapping[str, _Check]] = {
             + "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in PROVIDER_OPTIONS.items()),
         ),
     },
+    "torch": {
+        "device": (
+            lambda value: isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is not None,
+            "auto, cpu, cuda or cuda:<number>",
+        ),
+        "compile": _one_of("off", "auto"),
+    },
 }
 """Engine -> the keys of its `[engine_options]`."""
+
+
+def _parse_arguments(table: Any) -> dict[str, Any]:
+    """Numbers, strings, booleans, and lists of them: what a factory is called with."""
+    fits = (str, int, float, bool)
+    if not isinstance(table, dict):
+        raise _invalid("module_args", "model.toml: module_args: a table is needed")
+    for key, value in table.items():
+        if not isinstance(value, fits) and not (
+            isinstance(value, list) and all(isinstance(item, fits) for item in value)
+        ):
+            raise _invalid(
+                f"module_args.{key}",
+                f"model.toml: module_args.{key}: {value!r} is not a number, string, boolean or a list of them",
+            )
+    return table
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -375,7 +409,9 @@ def _parse_flat(table: Mapping[str, Any], key: str) -> dict[str, str | int | flo
 
 def write_spec(folder: Path, spec: ModelSpec) -> None:
     """Writes `model.toml`, durably. `read_spec` gives back an equal `ModelSpec`."""
-    lines = [f"{key} = {_toml(getattr(spec, key))}" for key in ("name", "engine", "file")]
+    lines = [
+        f"{key} = {_toml(getattr(spec, key))}" for key in ("name", "engine", "file", "module") if getattr(spec, key)
+    ]
     for key, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
         for tensor in tensors:
             lines += [
@@ -385,7 +421,7 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
                 f"datatype = {_toml(tensor.datatype)}",
                 f"shape = {list(tensor.shape)}",
             ]
-    for key, table in (("source", spec.source), ("export", spec.export)):
+    for key, table in (("source", spec.source), ("export", spec.export), ("module_args", spec.module_args)):
         if table:
             lines += ["", f"[{key}]", *(f"{_toml(str(k))} = {_toml(v)}" for k, v in table.items())]
     if spec.batching is not None:

@@ -27,11 +27,14 @@ class EngineOptions:
         providers: execution providers, best first; `auto` stands for TensorRT, CUDA, CPU, as far as they are there.
         num_threads: threads inside one run. They don't spin: a replica shares its cores with its own event loop.
         max_threads: the most that a version may ask for; 0 means as many as there are cores.
+        torch_modules: what a version may name as its `module`, beside registered entry points: `package.module:Factory`, or `package.module` for
+            every torch.nn.Module that it defines.
     """
 
     providers: tuple[str, ...] = ("auto",)
     num_threads: int = 1
     max_threads: int = 0
+    torch_modules: tuple[str, ...] = ()
 
     def threads(self, asked: int | None) -> int:
         """How many a version gets that asks for so many, or for none in particular."""
