@@ -49,9 +49,9 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
         address = f"{config.host}:{room.port}"
         _log.info("listening", address=address, metrics_port=metrics_port, keys_required=keys.required)
         started(room.port, metrics_port)
-        restoring = parts.tasks.create_task(parts.replica.restore())
+        starting = parts.tasks.create_task(parts.start())
         await room.run(probe_interval_seconds=config.probe_interval_seconds, drain_seconds=own.drain_seconds)
-        restoring.cancel()
+        starting.cancel()
     _log.info("stopped")
 
 

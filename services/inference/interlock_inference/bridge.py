@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from interlock.api.controller.v1 import (
@@ -13,8 +16,9 @@ from interlock.api.controller.v1 import (
 )
 from interlock.api.types.v1.types_pb2 import Change
 from interlock.core.names import model_name, version_name
-from interlock.errors import FailedPrecondition, Unavailable
+from interlock.errors import FailedPrecondition, NotFound, Unavailable
 from interlock.runtime.channels import Caller
+from interlock_inference.folder import by_number
 
 SWAP_SECONDS = 120.0
 CALL_SECONDS = 5.0
@@ -26,19 +30,31 @@ _ENDED = frozenset(
 
 
 class ControllerAdmin:
-    """`servicers.oip.Admin` by way of the controller."""
+    """`servicers.oip.Admin` by way of the controller.
 
-    def __init__(self, channel: Any, caller: Caller) -> None:
+    Args:
+        repository: the folder of `<model>/<version>/` that the controller keeps.
+    """
+
+    def __init__(self, channel: Any, caller: Caller, repository: Path) -> None:
+        self._repository = repository
         self._swaps: Any = swap_service_pb2_grpc.SwapServiceStub(channel)
         self._routes: Any = route_service_pb2_grpc.RouteServiceStub(channel)
         self._caller = caller
 
+    def versions(self) -> Mapping[tuple[str, str], str]:
+        """Every finished version. Blocking."""
+        names = {(path.parent.parent.name, path.parent.name) for path in self._repository.glob("*/*/manifest.json")}
+        return dict.fromkeys(names, "not loaded")
+
     async def load(self, model: str, version: str) -> None:
-        """Starts a swap and follows it until the version serves.
+        """Starts a swap and follows it until the version serves. `version` empty: the newest there is.
 
         Raises:
+            NotFound: `MODEL_NOT_FOUND`, when there is none.
             FailedPrecondition: `SWAP_FAILED`, with the swap's own reason; else whatever CreateSwap refuses with.
         """
+        version = version or await self._newest(model)
         spec = swap_service_pb2.SwapSpec(candidate_version=version_name(model, version))
         change = Change(reason="RepositoryModelLoad")
         created = await self._caller.unary(
@@ -55,6 +71,16 @@ class ControllerAdmin:
             reason="SWAP_UNKNOWN_END",
             metadata={"swap": created.swap.name},
         )
+
+    async def _newest(self, model: str) -> str:
+        names = await asyncio.to_thread(self.versions)
+        versions = sorted((pair for pair in names if pair[0] == model), key=by_number)
+        if not versions:
+            raise NotFound(
+                f"model {model!r} has no version in the repository; register one with the controller",
+                reason="MODEL_NOT_FOUND",
+            )
+        return versions[-1][1]
 
     async def unload(self, model: str) -> None:
         """Sets an empty route by compare-and-set."""

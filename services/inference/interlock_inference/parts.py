@@ -26,6 +26,7 @@ from interlock_inference.replica import Replica
 from interlock_inference.servicers.oip import OipServicer
 from interlock_inference.servicers.runtime import RuntimeServicer
 from interlock_inference.slots import Registry
+from interlock_inference.standalone import NoFile, Standalone
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class Parts:
     commands: RuntimeServicer
     metrics: CollectorRegistry
     tasks: asyncio.TaskGroup
+    standalone: Standalone | None
+
+    async def start(self) -> None:
+        """Serves what is to be served: what lies in the folder, or what a controller said before the process ended."""
+        await (self.replica.restore() if self.standalone is None else self.standalone.run())
 
     def probe(self, stopping: asyncio.Event) -> Callable[[], tuple[bool, dict[str, Any]]]:
         """What `/health` says of it."""
@@ -65,7 +71,7 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
     options = onnx.check_options(
         EngineOptions(tuple(own.providers), own.intra_op_threads, own.max_intra_op_threads, tuple(own.torch_modules))
     )
-    file = AssignmentFile(config.home / f"replica-{own.port}.json")
+    file = NoFile() if own.standalone else AssignmentFile(config.home / f"replica-{own.port}.json")
     async with AsyncExitStack() as stack:
         stack.callback(plane.close)
         channel = await stack.enter_async_context(channels.open_channel(config.controller_address))
@@ -82,10 +88,12 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
             released=counted.forget,
         )
         stack.callback(replica.close)
-        admin = ControllerAdmin(channel, channels.Caller(keys.internal_key()))
-        oip = OipServicer(plane, registry, replica, admin, config.home / "models", stopping)
-        commands = RuntimeServicer(replica, uuid.uuid4().hex[:12], clock.now())
-        yield Parts(registry, plane, replica, oip, commands, metrics, tasks)
+        standalone = Standalone(replica, registry, own, clock, tasks) if own.standalone else None
+        admin = standalone or ControllerAdmin(channel, channels.Caller(keys.internal_key()), config.home / "models")
+        oip = OipServicer(plane, registry, replica, admin, stopping)
+        owner = f"the folder {own.repository or 'inference.models'}" if standalone else ""
+        commands = RuntimeServicer(replica, uuid.uuid4().hex[:12], clock.now(), owner)
+        yield Parts(registry, plane, replica, oip, commands, metrics, tasks, standalone)
 
 
 def _worker_threads(intra_op_threads: int) -> int:

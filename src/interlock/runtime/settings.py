@@ -53,6 +53,25 @@ class InferenceSettings(_Room):
         64, ge=0, le=4096, description="recent requests kept per model for warm-up and comparison"
     )
 
+    repository: str = Field(
+        "", description="a folder <model>/<version>/ to serve from without a controller; empty: a controller decides"
+    )
+    repository_mode: Literal["watch", "explicit"] = Field(
+        "watch", description="watch: the newest version of each model; explicit: what RepositoryModelLoad asks for"
+    )
+    repository_poll_seconds: float = Field(1.0, gt=0, description="time between two looks at the folder")
+    repository_settle_seconds: float = Field(
+        1.0, ge=0, description="a version whose files changed more recently is left alone"
+    )
+    models: dict[str, str] = Field(
+        default_factory=dict, description="models to serve without a controller, by name: an ONNX file or a folder"
+    )
+
+    @property
+    def standalone(self) -> bool:
+        """True when a folder, not a controller, decides what is served."""
+        return bool(self.repository or self.models)
+
 
 class TrainerSettings(_Room):
     """The trainer service."""

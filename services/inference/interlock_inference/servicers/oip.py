@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -18,6 +17,7 @@ from interlock.runtime import telemetry
 from interlock.runtime.lifecycle import until
 from interlock.runtime.tracing import caller_traceparent
 from interlock_inference.dataplane import DataPlane
+from interlock_inference.folder import by_number
 from interlock_inference.replica import Replica
 from interlock_inference.servicers.codec import InferCall, ResponseMaker
 from interlock_inference.slots import ANSWERS, Registry, Slot, SlotState, model_not_found
@@ -38,13 +38,13 @@ class Admin(Protocol):
         """Takes a model out of service."""
         ...
 
+    def versions(self) -> Mapping[tuple[str, str], str]:
+        """Every (model, version) that lies in the repository, with why it is not served. Blocking."""
+        ...
+
 
 class OipServicer:
-    """`inference.GRPCInferenceService`.
-
-    Args:
-        repository: the folder of `<model>/<version>/`, for the index.
-    """
+    """`inference.GRPCInferenceService`."""
 
     def __init__(
         self,
@@ -52,14 +52,12 @@ class OipServicer:
         registry: Registry,
         replica: Replica,
         admin: Admin,
-        repository: Path,
         stopping: asyncio.Event,
     ) -> None:
         self._plane = plane
         self._registry = registry
         self._replica = replica
         self._admin = admin
-        self._repository = repository
         self._stopping = stopping
         self._maker = ResponseMaker()
 
@@ -185,20 +183,16 @@ class OipServicer:
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         """Every version that lies in the repository or is loaded."""
-        names = await asyncio.to_thread(_versions_on_disk, self._repository)
+        lying = await asyncio.to_thread(self._admin.versions)
         loaded = {(slot.model, slot.version): slot for slot in self._registry.all_slots()}
         made = pb.RepositoryIndexResponse()
-        for model, version in sorted(names | loaded.keys(), key=_by_number):
+        for model, version in sorted(lying.keys() | loaded.keys(), key=by_number):
             slot = loaded.get((model, version))
             ready = slot is not None and slot.state in ANSWERS
             if ready or not request.ready:
-                reason = "not loaded" if slot is None else (slot.error or slot.state)
-                made.models.add(
-                    name=model,
-                    version=version,
-                    state="READY" if ready else "UNAVAILABLE",
-                    reason="" if ready else reason,
-                )
+                reason = lying[model, version] if slot is None else (slot.error or slot.state)
+                state = "READY" if ready else "UNAVAILABLE"
+                made.models.add(name=model, version=version, state=state, reason="" if ready else reason)
         return made
 
     async def RepositoryModelLoad(
@@ -206,21 +200,16 @@ class OipServicer:
     ) -> pb.RepositoryModelLoadResponse:
         """Serves a version by a swap; the parameter `version` says which, else the newest in the repository."""
         model = _repository_model(request.model_name, request.repository_name)
-        version = request.parameters["version"].string_param if "version" in request.parameters else ""
-        if not version:
-            version = await self._newest(model)
-        await self._admin.load(model, check_id(version, "parameters.version"))
-        return pb.RepositoryModelLoadResponse(model_name=model, isLoaded=True)
-
-    async def _newest(self, model: str) -> str:
-        names = await asyncio.to_thread(_versions_on_disk, self._repository)
-        versions = sorted((pair for pair in names if pair[0] == model), key=_by_number)
-        if not versions:
-            raise NotFound(
-                f"model {model!r} has no version in the repository; register one with the controller",
-                reason="MODEL_NOT_FOUND",
+        unknown = sorted(set(request.parameters) - {"version"})
+        if unknown:
+            raise Unimplemented(
+                f"parameters.{unknown[0][:80]}: a version is loaded as it lies in the repository; only `version` can be said",
+                reason="UNSUPPORTED",
+                field="parameters",
             )
-        return versions[-1][1]
+        version = request.parameters["version"].string_param if "version" in request.parameters else ""
+        await self._admin.load(model, check_id(version, "parameters.version") if version else "")
+        return pb.RepositoryModelLoadResponse(model_name=model, isLoaded=True)
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
@@ -270,15 +259,6 @@ def _check_model(model: str) -> None:
 def _repository_model(model_name: str, repository_name: str) -> str:
     """KServe's client sends the model's name in field 1, which is Triton's `repository_name`."""
     return check_id(model_name or repository_name, "model_name")
-
-
-def _versions_on_disk(repository: Path) -> set[tuple[str, str]]:
-    return {(path.parent.parent.name, path.parent.name) for path in repository.glob("*/*/manifest.json")}
-
-
-def _by_number(pair: tuple[str, str]) -> tuple[str, int, str]:
-    model, version = pair
-    return model, int(version) if version.isdecimal() else -1, version
 
 
 def _triton_type(datatype: str) -> Any:

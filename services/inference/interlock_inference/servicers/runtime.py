@@ -17,7 +17,7 @@ from interlock.api.inference.v1 import runtime_service_pb2_grpc as pb_grpc
 from interlock.api.types.v1 import types_pb2
 from interlock.core.names import model_name, parse_checkpoint, parse_model, parse_run, parse_version, version_name
 from interlock.core.route import Route, Weight, check_weights
-from interlock.errors import InvalidArgument
+from interlock.errors import FailedPrecondition, InvalidArgument
 from interlock.stores.modelspec import TensorSpec
 from interlock_inference.assignment import AssignedModel
 from interlock_inference.compare import median_ms
@@ -31,12 +31,29 @@ _STATES = {state: getattr(pb.Slot, f"STATE_{state.upper()}") for state in SlotSt
 
 
 class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
-    """Serves one replica's commands."""
+    """Serves one replica's commands.
 
-    def __init__(self, replica: Replica, replica_id: str, started_at: float) -> None:
+    Args:
+        owner: who decides instead of a controller, as a phrase; commands are then refused.
+    """
+
+    def __init__(self, replica: Replica, replica_id: str, started_at: float, owner: str = "") -> None:
+        self._owner = owner
         self._replica = replica
         self._replica_id = replica_id
         self._started_at = started_at
+
+    async def _obey(self, token: int) -> None:
+        self._check_owner()
+        await self._replica.obey(token)
+
+    def _check_owner(self) -> None:
+        if self._owner:
+            raise FailedPrecondition(
+                f"this replica takes no commands: {self._owner} decides what it serves",
+                reason="STANDALONE",
+                metadata={"owner": self._owner},
+            )
 
     async def Prepare(self, request: pb.PrepareRequest, context: Context) -> AsyncIterator[pb.PrepareResponse]:
         """Loads a version, streaming progress."""
@@ -49,7 +66,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
             parse_version(request.compatible_with, "compatible_with") if request.compatible_with else None,
             _origin(request.origin),
         )
-        await self._replica.obey(request.fence.token)
+        await self._obey(request.fence.token)
         async for load in self._replica.prepare(wanted):
             yield _progress(load)
 
@@ -60,7 +77,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
             raise InvalidArgument(
                 "iterations: from 0 (the default) to 1000", reason="INVALID_ITERATIONS", field="iterations"
             )
-        await self._replica.obey(request.fence.token)
+        await self._obey(request.fence.token)
         slot, warmup = await self._replica.warm(model, version, request.iterations)
         return pb.WarmResponse(
             slot=_slot(slot),
@@ -80,7 +97,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
                 reason="INVALID_NAME",
                 field="candidate_version",
             )
-        await self._replica.obey(request.fence.token)
+        await self._obey(request.fence.token)
         seen, num_recorded = await self._replica.compare(model, stable, candidate, request.sample_limit)
         return pb.CompareResponse(
             sample_count=seen.num_samples,
@@ -95,6 +112,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
 
     async def ApplyRoute(self, request: pb.ApplyRouteRequest, context: Context) -> pb.ApplyRouteResponse:
         """Puts a route in force."""
+        self._check_owner()
         route, stable = _route(request.route)
         updated_at = request.route.update_time.ToNanoseconds() / 1e9
         applied = await self._replica.apply_route(request.fence.token, route, stable, updated_at)
@@ -105,7 +123,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Empties a version."""
         model, version = parse_version(request.version)
-        await self._replica.obey(request.fence.token)
+        await self._obey(request.fence.token)
         drained = await self._replica.drain(
             model, version, _seconds(request.timeout) if request.HasField("timeout") else DRAIN_SECONDS
         )
@@ -116,13 +134,13 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
     async def Park(self, request: pb.ParkRequest, context: Context) -> pb.ParkResponse:
         """Keeps a version loaded, unrouted."""
         model, version = parse_version(request.version)
-        await self._replica.obey(request.fence.token)
+        await self._obey(request.fence.token)
         return pb.ParkResponse(slot=_slot(self._replica.park(model, version)))
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         """Unloads a version."""
         model, version = parse_version(request.version)
-        await self._replica.obey(request.fence.token)
+        await self._obey(request.fence.token)
         return pb.ReleaseResponse(released=await self._replica.release(model, version))
 
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
