@@ -264,7 +264,7 @@ async def test_policies_are_data(tmp_path: Path) -> None:
         }
         request = policy_service_pb2.GetPolicyRequest(kind="promotion", name="runs/r")
         policy = (await controller.call("policy", "GetPolicy", request)).policy
-        assert policy.spec["improvement_min"] == 5.0
+        assert policy.spec["min_improvement"] == 5.0
         with pytest.raises(NotFound):
             await controller.call("policy", "GetPolicy", policy_service_pb2.GetPolicyRequest(kind="guard", name="none"))
         with pytest.raises(Unimplemented):

@@ -14,7 +14,7 @@ import torch
 from interlock.core.recovery import CheckpointState
 from interlock.errors import InvalidArgument
 from interlock.stores.steplog import StepLog, live_line, open_database
-from interlock.training import Batches, Boundary, Run, attach
+from interlock.training import Batches, Boundary, Run, ServeSpec, attach
 from interlock.training.embedded import Embedded
 from interlock.training.terms import ChangeOrder, Order, RollBackOrder, Start
 
@@ -267,6 +267,8 @@ def test_state_without_an_exact_form_is_refused_by_its_path(tmp_path: Path) -> N
         ({"policy": {"save_evry": 3}}, "save_evry"),
         ({"extra": {"x": 3}}, "extra.x"),
         ({"policy": "no.toml"}, "policy"),
+        ({"serve": ServeSpec("policy", {}, metric="")}, "serve.metric"),
+        ({"serve": ServeSpec("policy", {}, min_improvement=float("nan"))}, "serve.min_improvement"),
     ],
 )
 def test_bad_arguments_name_the_field(tmp_path: Path, options: dict[str, Any], field: str) -> None:

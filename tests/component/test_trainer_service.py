@@ -492,6 +492,11 @@ async def test_a_drill_that_nobody_knows_is_refused(service: Service) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
             "recovery.rewind: must be at least 0",
         ),
+        (
+            {"recipe": "ppo", "promotion": run_pb.PromotionPolicy(model="models/policy", min_improvement=-1)},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "promotion.min_improvement must be a finite number, 0 or more",
+        ),
     ],
 )
 async def test_a_bad_run_is_refused_by_its_field(
@@ -501,6 +506,8 @@ async def test_a_bad_run_is_refused_by_its_field(
     for name, value in request_fields.items():
         if isinstance(value, dict):
             getattr(request, name).update(value)
+        elif isinstance(value, run_pb.PromotionPolicy):
+            request.promotion.CopyFrom(value)
         else:
             setattr(request, name, value)
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -11,13 +11,11 @@ from interlock.core.lineage import (
     VersionNode,
     ancestors,
     condemn,
-    exposed,
     refuge,
     younger,
 )
 from interlock.core.promotion import (
     Contender,
-    Direction,
     Hold,
     Promote,
     PromotionPolicy,
@@ -27,10 +25,10 @@ from interlock.core.promotion import (
     judge,
     moved_back_by,
 )
-from interlock.core.route import Route, all_to
+from interlock.core.retention import Better
 from interlock.errors import InvalidArgument
 
-POLICY = PromotionPolicy("policy", "reward", improvement_min=5.0, interval_seconds_min=60.0)
+POLICY = PromotionPolicy("policy", "reward", min_improvement=5.0, min_interval_seconds=60.0)
 
 
 def _contender(reward: float = 100.0, *, good: bool = True, name: str = "runs/r/checkpoints/c2") -> Contender:
@@ -94,8 +92,8 @@ def test_the_first_version_needs_no_improvement_but_must_be_good() -> None:
     st.floats(allow_nan=False, allow_infinity=False, width=32),
 )
 def test_minimising_is_maximising_the_negated_metric(value: float, bar: float) -> None:
-    down = PromotionPolicy("policy", "loss", Direction.MINIMIZE, improvement_min=0.5)
-    up = PromotionPolicy("policy", "loss", Direction.MAXIMIZE, improvement_min=0.5)
+    down = PromotionPolicy("policy", "loss", Better.LOWER, min_improvement=0.5)
+    up = PromotionPolicy("policy", "loss", Better.HIGHER, min_improvement=0.5)
     first = judge(down, Contender("c", 1, True, {"loss": value}), Serving("1", {"loss": bar}, 0.0), 1.0)
     second = judge(up, Contender("c", 1, True, {"loss": -value}), Serving("1", {"loss": -bar}, 0.0), 1.0)
     assert type(first) is type(second)
@@ -120,9 +118,9 @@ def test_the_best_contender_is_good_finite_and_the_youngest_of_equals() -> None:
     [
         (PromotionPolicy("../x", "reward"), "promotion.model"),
         (PromotionPolicy("policy", ""), "promotion.metric"),
-        (PromotionPolicy("policy", "reward", improvement_min=-1.0), "promotion.min_improvement"),
-        (PromotionPolicy("policy", "reward", improvement_min=float("inf")), "promotion.min_improvement"),
-        (PromotionPolicy("policy", "reward", interval_seconds_min=-1.0), "promotion.min_interval"),
+        (PromotionPolicy("policy", "reward", min_improvement=-1.0), "promotion.min_improvement"),
+        (PromotionPolicy("policy", "reward", min_improvement=float("inf")), "promotion.min_improvement"),
+        (PromotionPolicy("policy", "reward", min_interval_seconds=-1.0), "promotion.min_interval"),
     ],
 )
 def test_a_wrong_policy_names_the_field(policy: PromotionPolicy, field: str) -> None:
@@ -161,12 +159,6 @@ def test_descendants_fall_ancestors_stay() -> None:
     assert fallen.checkpoints == {"c4", "c5"}
     assert fallen.versions == (("policy", "3"),)
     assert condemn(NODES, VERSIONS, ["c2"]).versions == (("policy", "1"), ("policy", "2"), ("policy", "3"))
-
-
-def test_only_versions_with_traffic_are_exposed() -> None:
-    fallen = condemn(NODES, VERSIONS, ["c2"])
-    assert exposed(fallen, {"policy": Route("policy", 3, all_to("3"))}) == (("policy", "3"),)
-    assert exposed(fallen, {"policy": Route("policy", 3, all_to("4"))}) == ()
 
 
 def test_a_rollback_leaves_the_later_steps_behind() -> None:

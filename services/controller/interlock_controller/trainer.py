@@ -14,7 +14,8 @@ from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 from interlock.api.trainer.v1 import run_service_pb2_grpc as run_rpc
 from interlock.api.types.v1 import types_pb2
 from interlock.core import names
-from interlock.core.promotion import Direction, PromotionPolicy
+from interlock.core.promotion import PromotionPolicy
+from interlock.core.retention import Better
 from interlock.runtime.channels import Caller, open_channel
 from interlock.stores.controller import CheckpointRow, Origin
 
@@ -129,7 +130,7 @@ def policy_of(run: run_pb.Run) -> PromotionPolicy | None:
     return PromotionPolicy(
         names.parse_model(promotion.model, "promotion.model"),
         promotion.metric,
-        Direction.MINIMIZE if minimize else Direction.MAXIMIZE,
+        Better.LOWER if minimize else Better.HIGHER,
         promotion.min_improvement,
         promotion.min_interval.ToNanoseconds() / 1e9,
     )

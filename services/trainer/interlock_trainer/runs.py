@@ -12,11 +12,12 @@ from interlock.api.trainer.v1 import run_service_pb2 as pb
 from interlock.core import names, supervision
 from interlock.core.fields import plain
 from interlock.core.policy import RunPolicy
+from interlock.core.promotion import PromotionPolicy
 from interlock.errors import AlreadyExists, NotFound
 from interlock.stores.artifacts import write_durably
 from interlock.stores.trainer import RunRow
 from interlock.training import wire
-from interlock.training.terms import Hello, Promotion
+from interlock.training.terms import Hello
 from interlock_trainer.session import Session, Shared
 
 STATES: Mapping[str, pb.Run.State.ValueType] = {
@@ -38,7 +39,7 @@ class Spec:
     run: str
     recipe: str
     policy: RunPolicy
-    promotion: Promotion | None = None
+    promotion: PromotionPolicy | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 

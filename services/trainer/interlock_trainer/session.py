@@ -21,6 +21,7 @@ from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 from interlock.core import recovery, retention, supervision
 from interlock.core.fields import parse, plain
 from interlock.core.ports import Clock
+from interlock.core.promotion import PromotionPolicy
 from interlock.core.recovery import CheckpointState, Rollback
 from interlock.core.retention import Kept
 from interlock.core.steps import StepRecord
@@ -30,7 +31,7 @@ from interlock.runtime import telemetry as traces
 from interlock.stores.checkpoints import CheckpointStore
 from interlock.stores.trainer import RollbackRow, RunRow, TrainerStore
 from interlock.training import terms, wire
-from interlock.training.terms import CheckpointInfo, Hello, Order, Promotion, Result
+from interlock.training.terms import CheckpointInfo, Hello, Order, Result
 from interlock_trainer import telemetry
 from interlock_trainer.decisions import Controller
 from interlock_trainer.watching import Change, Hub
@@ -117,9 +118,9 @@ class Session:
         return self.row.head_seq
 
     @property
-    def promotion(self) -> Promotion | None:
+    def promotion(self) -> PromotionPolicy | None:
         """How good checkpoints reach traffic."""
-        return parse(Promotion, json.loads(self.row.promotion)) if self.row.promotion else None
+        return parse(PromotionPolicy, json.loads(self.row.promotion)) if self.row.promotion else None
 
     async def grown(self, timeout_seconds: float) -> None:
         """Waits until more records are stored or the run's state changes, or for `timeout_seconds`."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from interlock.core.route import Route
-
 
 @dataclass(frozen=True, slots=True)
 class CheckpointNode:
@@ -77,8 +75,3 @@ def refuge(versions: Iterable[VersionNode], left: str, order: Iterable[str]) -> 
     served = [version for version in order if version in sound]
     proven = [version for version in served if sound[version].proven]
     return next(iter([*proven, *served]), None)
-
-
-def exposed(condemned: Condemned, routes: Mapping[str, Route]) -> tuple[tuple[str, str], ...]:
-    """The condemned versions that get traffic now."""
-    return tuple((m, v) for m, v in condemned.versions if m in routes and v in routes[m].versions())

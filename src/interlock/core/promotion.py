@@ -2,7 +2,7 @@
 
 Rules of this file
 - Only GOOD checkpoints are promoted, each at most once, none whose digest or own name is quarantined.
-- The first one of a model is promoted whatever its metric; a later one must beat what serves by `improvement_min`.
+- The first one of a model is promoted whatever its metric; a later one must beat what serves by `min_improvement`.
 - NaN beats nothing and is beaten by nothing: a checkpoint without the metric waits.
 - A person who moved traffic back, without forbidding what was left, is not overruled: promotions wait until a person moves it forward again.
 - A verdict says why in words; the same inputs give the same verdict.
@@ -12,21 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from math import isfinite
 
 from interlock.core.names import check_id
+from interlock.core.retention import Better
 from interlock.errors import InvalidArgument
 
 PROMOTER = "promotion"
 """The actor of swaps that were made by this rule."""
-
-
-class Direction(StrEnum):
-    """Which way a metric is better."""
-
-    MAXIMIZE = "MAXIMIZE"
-    MINIMIZE = "MINIMIZE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +27,34 @@ class PromotionPolicy:
     """How the good checkpoints of a run reach the traffic of a model."""
 
     model: str
-    metric: str
-    direction: Direction = Direction.MAXIMIZE
-    improvement_min: float = 0.0
-    interval_seconds_min: float = 0.0
+    metric: str = "reward"
+    better: Better = Better.HIGHER
+    min_improvement: float = 0.0
+    min_interval_seconds: float = 0.0
 
 
-def check_policy(policy: PromotionPolicy) -> PromotionPolicy:
-    """Returns the policy if it can be followed.
+def check_policy(policy: PromotionPolicy, where: str = "promotion") -> PromotionPolicy:
+    """Returns the policy if it can be followed; `where` is how the caller's field for it is called.
 
     Raises:
         InvalidArgument: `INVALID_POLICY`, naming the field.
     """
-    check_id(policy.model, "promotion.model")
+    check_id(policy.model, f"{where}.model")
     for field, holds, why in (
         ("metric", bool(policy.metric), "is empty; name the metric that must improve, e.g. reward"),
         (
             "min_improvement",
-            isfinite(policy.improvement_min) and policy.improvement_min >= 0,
+            isfinite(policy.min_improvement) and policy.min_improvement >= 0,
             "must be a finite number, 0 or more",
         ),
-        ("min_interval", policy.interval_seconds_min >= 0, "must be 0 s or more"),
+        (
+            "min_interval",
+            isfinite(policy.min_interval_seconds) and policy.min_interval_seconds >= 0,
+            "must be 0 s or more",
+        ),
     ):
         if not holds:
-            raise InvalidArgument(f"promotion.{field} {why}", reason="INVALID_POLICY", field=f"promotion.{field}")
+            raise InvalidArgument(f"{where}.{field} {why}", reason="INVALID_POLICY", field=f"{where}.{field}")
     return policy
 
 
@@ -140,11 +137,11 @@ def judge(
             name,
             f"{who} moved {policy.model} back to version {serving.version}; a swap to a newer version by hand lets promotions go on",
         )
-    wait = serving.promoted_at + policy.interval_seconds_min - now
+    wait = serving.promoted_at + policy.min_interval_seconds - now
     if wait > 0:
         return Hold(
             name,
-            f"the last promotion was {policy.interval_seconds_min - wait:.0f} s ago, less than {policy.interval_seconds_min:g} s",
+            f"the last promotion was {policy.min_interval_seconds - wait:.0f} s ago, less than {policy.min_interval_seconds:g} s",
         )
     return _compare(policy, contender, value, serving)
 
@@ -153,15 +150,15 @@ def _compare(policy: PromotionPolicy, contender: Contender, value: float, servin
     bar = serving.metrics.get(policy.metric)
     if bar is None or not isfinite(bar):
         return Promote(contender.name, f"version {serving.version} has no {policy.metric} to beat")
-    gain = value - bar if policy.direction is Direction.MAXIMIZE else bar - value
+    gain = value - bar if policy.better is Better.HIGHER else bar - value
     said = f"{policy.metric} {value:g} at step {contender.step} against {bar:g} of version {serving.version}"
-    if gain > 0 and gain >= policy.improvement_min:
+    if gain > 0 and gain >= policy.min_improvement:
         return Promote(contender.name, said)
-    return Hold(contender.name, f"{said}: better by {gain:g}, wanted {policy.improvement_min:g}")
+    return Hold(contender.name, f"{said}: better by {gain:g}, wanted {policy.min_improvement:g}")
 
 
 def best(policy: PromotionPolicy, contenders: tuple[Contender, ...]) -> Contender | None:
     """The good contender with the best metric (the youngest of equals); None when there is none."""
     fit = [c for c in contenders if c.good and isfinite(c.metrics.get(policy.metric, float("nan")))]
-    sign = 1 if policy.direction is Direction.MAXIMIZE else -1
+    sign = 1 if policy.better is Better.HIGHER else -1
     return max(fit, key=lambda c: (sign * c.metrics[policy.metric], c.step), default=None)

@@ -15,6 +15,7 @@ import torch
 from interlock.core.names import check_id
 from interlock.core.policy import RunPolicy, run_policy
 from interlock.core.ports import Clock
+from interlock.core.promotion import PromotionPolicy, check_policy
 from interlock.core.recovery import Plan, Rollback
 from interlock.core.retention import Better
 from interlock.errors import DataLoss, InvalidArgument, NotFound
@@ -27,7 +28,7 @@ from interlock.training.data import Feed
 from interlock.training.embedded import Embedded
 from interlock.training.hooks import OptimizerHooks
 from interlock.training.run import Exporter, Parts, Run
-from interlock.training.terms import Hello, Promotion, Start, Supervisor
+from interlock.training.terms import Hello, Start, Supervisor
 
 _log = structlog.get_logger(__name__)
 AUTO = "auto"
@@ -54,15 +55,12 @@ class ServeSpec:
     min_improvement: float = 0.0
     min_interval_seconds: float = 0.0
 
-    def promotion(self) -> Promotion:
+    def promotion(self) -> PromotionPolicy:
         """The part that the controller gets to see."""
-        return Promotion(
-            check_id(self.model, "serve.model"),
-            self.metric,
-            Better(self.better),
-            self.min_improvement,
-            self.min_interval_seconds,
+        policy = PromotionPolicy(
+            self.model, self.metric, Better(self.better), self.min_improvement, self.min_interval_seconds
         )
+        return check_policy(policy, "serve")
 
 
 def attach(

@@ -7,20 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from interlock.core.policy import RunPolicy
+from interlock.core.promotion import PromotionPolicy
 from interlock.core.recovery import CheckpointState, Rollback
-from interlock.core.retention import Better
 from interlock.core.steps import StepRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Promotion:
-    """When a known-good checkpoint becomes a version of `model`."""
-
-    model: str
-    metric: str = "reward"
-    better: Better = Better.HIGHER
-    min_improvement: float = 0.0
-    min_interval_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +39,7 @@ class Hello:
     step: int
     seq: int
     policy: RunPolicy
-    promotion: Promotion | None
+    promotion: PromotionPolicy | None
     checkpoint_folder: str
     recipe: str
     servable: bool

@@ -19,11 +19,12 @@ from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 from interlock.core import names
 from interlock.core.fields import plain
 from interlock.core.policy import run_policy
+from interlock.core.promotion import PromotionPolicy, check_policy
 from interlock.core.recovery import CheckpointState, Plan, Rollback
 from interlock.core.retention import Better
 from interlock.core.steps import StepRecord
 from interlock.training import terms
-from interlock.training.terms import CheckpointInfo, Hello, Order, Promotion, Result
+from interlock.training.terms import CheckpointInfo, Hello, Order, Result
 
 STATES = {
     CheckpointState.CANDIDATE: run_pb.Checkpoint.STATE_CANDIDATE,
@@ -183,7 +184,7 @@ def rollback_value(message: run_pb.Rollback) -> Rollback:
     )
 
 
-def promotion_message(promotion: Promotion) -> run_pb.PromotionPolicy:
+def promotion_message(promotion: PromotionPolicy) -> run_pb.PromotionPolicy:
     """A promotion policy for the wire."""
     higher = promotion.better is Better.HIGHER
     message = run_pb.PromotionPolicy(
@@ -196,16 +197,21 @@ def promotion_message(promotion: Promotion) -> run_pb.PromotionPolicy:
     return message
 
 
-def promotion_value(message: run_pb.PromotionPolicy) -> Promotion:
-    """A promotion policy from the wire."""
+def promotion_value(message: run_pb.PromotionPolicy) -> PromotionPolicy:
+    """A promotion policy from the wire.
+
+    Raises:
+        InvalidArgument: `INVALID_POLICY`, naming the field.
+    """
     lower = message.direction == run_pb.PromotionPolicy.DIRECTION_MINIMIZE
-    return Promotion(
+    policy = PromotionPolicy(
         model=names.parse_model(message.model, "promotion.model"),
         metric=message.metric or "reward",
         better=Better.LOWER if lower else Better.HIGHER,
         min_improvement=message.min_improvement,
         min_interval_seconds=message.min_interval.ToNanoseconds() / 1e9,
     )
+    return check_policy(policy)
 
 
 def hello_message(hello: Hello) -> loop_pb.Hello:
