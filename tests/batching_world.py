@@ -103,11 +103,14 @@ class World:
     counts: Counts
     engines: dict[str, HeldEngine] = field(default_factory=dict)
     epoch: int = 0
+    instances: int = 0
 
     def load(self, version: str) -> Slot:
         engine = self.engines[version] = HeldEngine(float(version))
         slot = Slot("m", version, "", Origin())
-        shape = ModelSpec("m", engine.signature.inputs, engine.signature.outputs, batching=self.spec)
+        shape = ModelSpec(
+            "m", engine.signature.inputs, engine.signature.outputs, batching=self.spec, instances=self.instances
+        )
         slot.loaded(Opened(engine, "blake3:x", Path(), shape, 0))
         slot.move(SlotState.READY)
         self.registry.put(slot)
@@ -147,11 +150,11 @@ async def outcome(awaitable: Any) -> Any:
 
 
 @asynccontextmanager
-async def a_world(spec: BatchingSpec, **options: int) -> AsyncIterator[World]:
+async def a_world(spec: BatchingSpec, *, instances: int = 0, **options: int) -> AsyncIterator[World]:
     """With version 1 loaded and routed. Ends with nothing left behind: no handle, no entry, no timer, no task."""
     registry, counts = Registry(), Counts()
     tasks = asyncio.all_tasks()
-    world = World(spec, registry, DataPlane(registry, Recorder(), counts, **options), counts)
+    world = World(spec, registry, DataPlane(registry, Recorder(), counts, **options), counts, instances=instances)
     world.load("1")
     world.route("1")
     try:

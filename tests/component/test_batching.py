@@ -70,6 +70,40 @@ async def test_what_waited_goes_together_and_each_gets_its_own() -> None:
         assert world.counts.rows == [1, 7]
 
 
+async def test_instances_run_side_by_side_and_what_waits_goes_to_the_first_that_is_free() -> None:
+    async with a_world(SPEC, instances=2) as world, asyncio.TaskGroup() as group:
+        first, second = await world.hold(group), world.ask(group, 1.0)
+        async with asyncio.timeout(10):
+            while len(world.engines["1"].runs) < 2:
+                await asyncio.sleep(0)
+        tasks = [world.ask(group, float(n)) for n in range(5)]
+        await settled(world, 5)
+        assert world.engines["1"].sizes == [1, 1], "two run, and no third"
+        world.engines["1"].gate.set()
+        assert [values(await task) for task in tasks] == [[float(n)] for n in range(5)]
+        await asyncio.wait((first, second))
+        assert world.engines["1"].sizes == [1, 1, 5]
+
+
+async def test_a_versions_own_threads_end_with_it() -> None:
+    async with a_world(SPEC, instances=3) as world, asyncio.TaskGroup() as group:
+        task = await world.hold(group)
+        world.load("2")
+        world.engines["2"].gate.set()
+        world.route("2")
+        world.engines["1"].gate.set()
+        await task
+        slot = world.registry.find("m", "1")
+        threads = slot.threads
+        assert threads is not None
+        slot.move(SlotState.STOPPED)
+        world.registry.drop(slot)
+        async with asyncio.timeout(10):
+            while any(thread.is_alive() for thread in threads._threads):
+                await asyncio.sleep(0)
+        assert values(await world.ask(group, 1.0)) == [2.0]
+
+
 async def test_statistics_of_batches() -> None:
     async with a_world(SPEC) as world, asyncio.TaskGroup() as group:
         await world.hold(group)

@@ -122,6 +122,7 @@ async def test_tritonclient(served: Remote) -> None:
     }
     assert seen["config"]["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": ["-1", "4"]}]
     assert seen["config"]["backend"] == "onnxruntime"
+    assert seen["config"]["instance_group"] == [{"kind": "KIND_CPU"}]
     (stats,) = seen["statistics"]
     assert (stats["inference_count"], stats["execution_count"], stats["inference_stats"]["success"]["count"]) == (
         "2",

@@ -216,7 +216,14 @@ def test_engine_options_are_read_back_as_written_and_refused_with_their_key(tmp_
 
 def test_a_module_and_its_arguments_are_read_back_as_written(tmp_path: Path) -> None:
     tensors = [{"name": "x", "datatype": "FP32", "shape": [-1]}]
-    table = {"name": "m", "engine": "torch", "module": "nets:Net", "inputs": tensors, "outputs": tensors}
+    table = {
+        "name": "m",
+        "engine": "torch",
+        "module": "nets:Net",
+        "instances": 2,
+        "inputs": tensors,
+        "outputs": tensors,
+    }
     spec = modelspec.parse_spec({**table, "module_args": {"sizes": [4, 8], "act": "relu", "bias": True, "p": 0.5}})
     assert spec.file == "model.safetensors"
     modelspec.write_spec(tmp_path, spec)
@@ -224,6 +231,8 @@ def test_a_module_and_its_arguments_are_read_back_as_written(tmp_path: Path) -> 
     for part, value, field in (
         ("module_args", [1], "module_args"),
         ("module_args", {"a": {"b": 1}}, "module_args.a"),
+        ("instances", -1, "instances"),
+        ("instances", True, "instances"),
         ("engine_options", {"device": "tpu"}, "engine_options.device"),
         ("engine_options", {"compile": True}, "engine_options.compile"),
         ("engine_options", {"providers": "auto"}, "engine_options.providers"),

@@ -91,6 +91,8 @@ class DataPlane:
 
     def close(self) -> None:
         """Ends the worker threads after what they run now."""
+        for slot in self._registry.all_slots():
+            slot.end_threads(wait=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def infer(self, call: Call) -> Reply:
@@ -168,7 +170,7 @@ class DataPlane:
         """Owns the handle from here on: it is given back when the thread has let go of the engine, also when the caller is long gone."""
         loop = asyncio.get_running_loop()
         self._num_queued += 1
-        job = self._pool.submit(_run_late, handle.slot, inputs, names, deadline)
+        job = (handle.slot.threads or self._pool).submit(_run_late, handle.slot, inputs, names, deadline)
         job.add_done_callback(lambda done: self._hand_back(loop, handle, done))
         handle.abort = loop.create_future()
         waiting = asyncio.wrap_future(job)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -112,7 +113,8 @@ class Warmup:
 class Slot:
     """One loaded version; `name` is `models/{model}/versions/{version}`. `opened` is None before the load ended and after the slot stopped.
 
-    `lane` is the queue in which its requests find together; None for a version that does not batch.
+    `lane` is the queue in which its requests find together; None for a version that does not batch. `threads` run it, and nothing else, when its
+    model.toml says `instances`; one engine serves them all, for all engines may be run by several threads.
     """
 
     model: str
@@ -131,6 +133,7 @@ class Slot:
     output_names: tuple[str, ...] = ()
     output_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     lane: Lane | None = None
+    threads: ThreadPoolExecutor | None = None
     name: str = field(init=False)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -174,6 +177,8 @@ class Slot:
         self.output_specs = {spec.name: spec for spec in signature.outputs}
         self.output_names = tuple(self.output_specs)
         self.lane = lane_for(opened.spec.batching if opened.spec is not None else None, signature)
+        instances = opened.spec.instances if opened.spec is not None else 0
+        self.threads = ThreadPoolExecutor(instances, f"infer-{self.name}") if instances else None
         self.move(SlotState.WARMING_UP)
 
     def fail(self, reason: str) -> None:
@@ -199,6 +204,12 @@ class Slot:
         if not self.handles and self.opened is not None:
             opened, self.opened = self.opened, None
             opened.engine.close()
+            self.end_threads()
+
+    def end_threads(self, *, wait: bool = False) -> None:
+        """Lets its own threads go, after what they run now. Idempotent."""
+        if self.threads is not None:
+            self.threads.shutdown(wait=wait, cancel_futures=True)
 
     async def drain(self, clock: Clock, timeout_seconds: float) -> Drained:
         """Waits until nobody holds the slot, at most `timeout_seconds`; then cuts what is left, unless the slot was routed again meanwhile.

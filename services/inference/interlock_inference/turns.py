@@ -21,7 +21,7 @@ from interlock_inference.slots import RETRY_SECONDS, Handle, Slot
 
 
 class Turns:
-    """Lanes of all slots over one pool of threads. `ran` is told, on the loop, of every run before its callers get their answers."""
+    """Lanes of all slots over one pool of threads, or a slot's own. `ran` is told, on the loop, of every run before its callers get their answers."""
 
     def __init__(self, pool: ThreadPoolExecutor, ran: Callable[[Slot, Run], None]) -> None:
         self._pool = pool
@@ -69,7 +69,7 @@ class Turns:
             if job.cancelled():
                 _post(loop, self._abandon, slot)
 
-        self._pool.submit(self._turn, loop, slot).add_done_callback(ended)
+        (slot.threads or self._pool).submit(self._turn, loop, slot).add_done_callback(ended)
 
     def _turn(self, loop: asyncio.AbstractEventLoop, slot: Slot) -> None:
         """In a worker thread: takes what waits now, and runs it."""

@@ -116,6 +116,7 @@ class ModelSpec:
 
     Attributes:
         file: the model file, relative to the folder.
+        instances: runs of this version at once, on threads of its own; 0 leaves it to the replica's threads, which all versions share.
         module: for torch: what makes the module, by a name that the operator registered. `module_args` are its arguments.
         source: where it came from: run, checkpoint, attempt, step, digest.
         export: figures of the export: max_abs_error, max_rel_error, num_samples, opset.
@@ -133,6 +134,7 @@ class ModelSpec:
     batching: BatchingSpec | None = None
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     gate: GateSpec | None = None
+    instances: int = 0
     module: str = ""
     module_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -198,6 +200,7 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
         batching=_parse_batching(table["batching"]) if "batching" in table else None,
         gate=_parse_gate(table["gate"]) if "gate" in table else None,
         engine_options=_parse_table(table.get("engine_options", {}), "engine_options", ENGINE_OPTIONS[engine]),
+        instances=_parse_instances(table.get("instances", 0)),
         module=module,
         module_args=_parse_arguments(table.get("module_args", {})),
     )
@@ -298,6 +301,13 @@ ENGINE_OPTIONS: Mapping[str, Mapping[str, _Check]] = {
     },
 }
 """Engine -> the keys of its `[engine_options]`."""
+
+
+def _parse_instances(value: Any) -> int:
+    fits, wanted = _whole(0, 256)
+    if not fits(value):
+        raise _invalid("instances", f"model.toml: instances: {value!r} is not {wanted}")
+    return int(value)
 
 
 def _parse_arguments(table: Any) -> dict[str, Any]:
@@ -410,7 +420,9 @@ def _parse_flat(table: Mapping[str, Any], key: str) -> dict[str, str | int | flo
 def write_spec(folder: Path, spec: ModelSpec) -> None:
     """Writes `model.toml`, durably. `read_spec` gives back an equal `ModelSpec`."""
     lines = [
-        f"{key} = {_toml(getattr(spec, key))}" for key in ("name", "engine", "file", "module") if getattr(spec, key)
+        f"{key} = {_toml(getattr(spec, key))}"
+        for key in ("name", "engine", "file", "module", "instances")
+        if getattr(spec, key)
     ]
     for key, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
         for tensor in tensors:

@@ -19,6 +19,7 @@ from interlock.runtime.tracing import caller_traceparent
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.folder import by_number
 from interlock_inference.replica import Replica
+from interlock_inference.repository import Opened
 from interlock_inference.servicers.codec import InferCall, ResponseMaker
 from interlock_inference.slots import ANSWERS, Registry, Slot, SlotState, model_not_found
 from interlock_inference.stats import Timer, VersionStats
@@ -130,11 +131,13 @@ class OipServicer:
         """The same in Triton's terms. `max_batch_size` 0: shapes are complete, no batch dimension is implied."""
         slot = self._described(request.name, request.version)
         assert slot.opened is not None, "a described slot is loaded"
+        said = slot.opened.spec
         config = pb.ModelConfig(
             name=slot.model,
             platform=slot.opened.engine.platform,
-            backend="onnxruntime",
-            default_model_filename="model.onnx",
+            backend=_BACKENDS[said.engine if said else "onnx"],
+            default_model_filename=said.file if said else "model.onnx",
+            instance_group=[_instances(slot.opened)],
         )
         for spec in slot.specs.values():
             config.input.add(name=spec.name, data_type=_triton_type(spec.datatype), dims=spec.shape)
@@ -232,6 +235,15 @@ class OipServicer:
     TraceSetting = LogSettings = _unsupported
 
 
+def _instances(opened: Opened) -> pb.ModelInstanceGroup:
+    """Count 0: as many as the threads that all versions share allow."""
+    on_gpu = any(provider.startswith(("CUDA", "Tensorrt", "cuda")) for provider in opened.engine.providers)
+    made = pb.ModelInstanceGroup(count=opened.spec.instances if opened.spec else 0)
+    made.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    return made
+
+
+_BACKENDS = {"onnx": "onnxruntime", "torch": "pytorch"}
 _COUNTED = frozenset(SlotState) - {SlotState.INITIALIZING, SlotState.STOPPED}
 
 
