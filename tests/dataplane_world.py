@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from prometheus_client import CollectorRegistry
 
 import onnx_models
+from interlock.core.pacing import PacingPolicy
 from interlock.core.route import Route, Weight
 from interlock.errors import InterlockError
 from interlock.runtime.clock import SystemClock
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array, EngineOptions
+from interlock_inference.loads.history import LoadHistory
+from interlock_inference.loads.loader import Loader, LoadPolicy
+from interlock_inference.loads.pace import Pacer
+from interlock_inference.metrics import LoadMetrics
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica, Wanted
 from interlock_inference.slots import Registry, Slot
+
+PACING = PacingPolicy()
 
 
 class Nobody:
@@ -60,6 +69,7 @@ class World:
     plane: DataPlane
     replica: Replica
     recorder: Recorder
+    metrics: CollectorRegistry
 
     def artifact(self, version: str, body: bytes | None = None, **more: Any) -> str:
         folder = self.home / "models" / "policy" / version
@@ -81,19 +91,38 @@ def a_call(rows: int = 1, **more: object) -> Call:
     return Call({"x": np.ones((rows, 4), np.float32)}, **more)  # type: ignore[arg-type]
 
 
+def a_loader(
+    home: Path, registry: Registry, tasks: asyncio.TaskGroup, pacing: PacingPolicy = PACING, **policy: Any
+) -> Loader:
+    """A replica's loader; without `tries=True` it loads in this process, which costs a test nothing."""
+    made = LoadPolicy(**{"options": EngineOptions(), "tries": False, **policy})
+    clock = SystemClock()
+    pacer = Pacer(registry, clock, pacing)
+    return Loader(made, registry, LoadHistory(home / "loads.json"), pacer, tasks, lambda place, version: None)
+
+
 @asynccontextmanager
 async def dataplane_world(
-    home: Path, file: AssignmentFile | None = None, engines: EngineOptions | None = None, **options: int
+    home: Path,
+    file: AssignmentFile | None = None,
+    engines: EngineOptions | None = None,
+    *,
+    pacing: PacingPolicy = PACING,
+    loads: Mapping[str, Any] = MappingProxyType({}),
+    **options: int,
 ) -> AsyncIterator[World]:
-    registry, recorder = Registry(), Recorder()
+    registry, recorder, metrics = Registry(), Recorder(), CollectorRegistry()
     plane = DataPlane(registry, recorder, Nobody(), **options)
     async with asyncio.TaskGroup() as tasks:
         file = file or AssignmentFile(home / "replica.json")
+        loader = a_loader(home, registry, tasks, pacing, options=engines or EngineOptions(), **loads)
+        counted = LoadMetrics(metrics)
         replica = Replica(
-            registry, recorder, file, SystemClock(), tasks, options=engines or EngineOptions(), warmup_iterations=5
+            registry, recorder, file, SystemClock(), tasks, loader=loader, counted=counted, warmup_iterations=5
         )
         try:
-            yield World(home, registry, plane, replica, recorder)
+            yield World(home, registry, plane, replica, recorder, metrics)
         finally:
             await asyncio.to_thread(plane.close)
             replica.close()
+            registry.close()

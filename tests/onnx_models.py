@@ -36,6 +36,19 @@ def constant(value: float, columns: int = 4, *, input_name: str = "x", output_na
     )
 
 
+def bomb(elements: int) -> bytes:
+    """Like a constant for x [-1, 4], but a run wants so many floats at once."""
+    nodes = [
+        helper.make_node("ConstantOfShape", ["size"], ["many"]),
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Add", ["many", "s"], ["more"]),
+        helper.make_node("ReduceSum", ["more"], ["t"], keepdims=0),
+        helper.make_node("Add", ["x", "t"], ["y"]),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
+    return make(nodes, [info[0]], [info[1]], (numpy_helper.from_array(np.array([elements]), "size"),))
+
+
 def slow(value: float, size: int = 700, repeats: int = 6) -> bytes:
     """Like `constant`, for x [-1, 4], behind some milliseconds of matrix products that come out as zero."""
     nodes = [helper.make_node("MatMul", ["w", "w"], ["m0"])]

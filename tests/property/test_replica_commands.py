@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 import onnx_models
+from dataplane_world import a_loader
 from interlock.core.route import Route, Weight
 from interlock.errors import InterlockError, Internal
 from interlock.runtime.clock import SystemClock
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines import Array, EngineOptions
+from interlock_inference.engines import Array
+from interlock_inference.metrics import LoadMetrics
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica, Wanted
 from interlock_inference.slots import Registry, Slot, SlotState
@@ -73,7 +76,14 @@ class World:
         async with asyncio.TaskGroup() as tasks:
             file = AssignmentFile(self.home / "replica.json")
             self.replica = Replica(
-                self.registry, recorder, file, SystemClock(), tasks, options=EngineOptions(), warmup_iterations=1
+                self.registry,
+                recorder,
+                file,
+                SystemClock(),
+                tasks,
+                loader=a_loader(self.home, self.registry, tasks),
+                counted=LoadMetrics(CollectorRegistry()),
+                warmup_iterations=1,
             )
             await self.replica.restore()
             await self.check()

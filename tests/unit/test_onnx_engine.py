@@ -4,7 +4,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_models
-from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound, ResourceExhausted
+from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound
 from interlock.runtime.arrays import NUMPY_TYPES
 from interlock.stores import artifacts
 from interlock.stores.modelspec import ModelSpec, TensorSpec
@@ -217,21 +216,6 @@ def test_open_refusals(tmp_path: Path) -> None:
     assert unfinished.value.reason == "INVALID_ARTIFACT"
     with pytest.raises(InvalidArgument):
         repository.parse_uri("s3://bucket/model")
-
-
-def test_what_does_not_fit_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx_models.write_version(tmp_path / "3", onnx_models.constant(3.0))
-    size_bytes = artifacts.read_manifest(tmp_path / "3").size_bytes
-    for available_bytes, fits in ((2 * size_bytes, True), (2 * size_bytes - 1, False)):
-        memory = SimpleNamespace(available=available_bytes)
-        monkeypatch.setattr(repository.psutil, "virtual_memory", lambda memory=memory: memory)
-        if fits:
-            opening(tmp_path / "3")
-            continue
-        with pytest.raises(ResourceExhausted) as refused:
-            opening(tmp_path / "3")
-        assert refused.value.reason == "DOES_NOT_FIT"
-        assert refused.value.metadata == {"size_bytes": str(size_bytes), "available_bytes": str(available_bytes)}
 
 
 def test_the_serving_process_never_unpickles() -> None:

@@ -95,6 +95,37 @@ class RequestMetrics:
         self._rows.remove_by_labels(labels)
 
 
+class LoadMetrics:
+    """Counts how loads end and how long they were held up."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._loads = Counter("interlock_loads", "Loads by outcome.", ("model", "outcome"), registry=registry)
+        self._paused = Counter(
+            "interlock_load_paused_seconds",
+            "Time that loads were paused because what serves was slow.",
+            ("model",),
+            registry=registry,
+        )
+        self._revived = Counter(
+            "interlock_engine_restarts",
+            "Processes of large versions that were started again.",
+            ("model",),
+            registry=registry,
+        )
+
+    def ended(self, model: str, error: InterlockError | None) -> None:
+        """One load has ended."""
+        self._loads.labels(model, "loaded" if error is None else error.reason).inc()
+
+    def paused(self, model: str, seconds: float) -> None:
+        """A load was held up."""
+        self._paused.labels(model).inc(seconds)
+
+    def revived(self, model: str) -> None:
+        """A version's process was started again."""
+        self._revived.labels(model).inc()
+
+
 class StateMetrics(Collector):
     """Gauges, read from one snapshot at each scrape. Runs in the metrics thread: it only looks."""
 

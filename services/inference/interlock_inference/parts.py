@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,21 +13,28 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from interlock.core.pacing import PacingPolicy
 from interlock.runtime import channels, failpoints
 from interlock.runtime.access import Keys
 from interlock.runtime.clock import SystemClock
-from interlock.runtime.settings import Settings
+from interlock.runtime.settings import InferenceSettings, Settings
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.bridge import ControllerAdmin
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import EngineOptions, onnx
-from interlock_inference.metrics import RequestMetrics, StateMetrics
+from interlock_inference.loads.history import LoadHistory
+from interlock_inference.loads.loader import Loader, LoadPolicy
+from interlock_inference.loads.pace import Pacer
+from interlock_inference.metrics import LoadMetrics, RequestMetrics, StateMetrics
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica
 from interlock_inference.servicers.oip import OipServicer
 from interlock_inference.servicers.runtime import RuntimeServicer
 from interlock_inference.slots import Registry
 from interlock_inference.standalone import NoFile, Standalone
+
+CHILDREN = sys.platform == "linux"
+"""Loading children need packet sockets, memory files and scheduling classes that only Linux has; elsewhere everything is loaded here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +80,21 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
         EngineOptions(tuple(own.providers), own.intra_op_threads, own.max_intra_op_threads, tuple(own.torch_modules))
     )
     file = NoFile() if own.standalone else AssignmentFile(config.home / f"replica-{own.port}.json")
+    history = LoadHistory(config.home / f"loads-{own.port}.json")
     async with AsyncExitStack() as stack:
+        stack.callback(registry.close)
         stack.callback(plane.close)
         channel = await stack.enter_async_context(channels.open_channel(config.controller_address))
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        pacer = Pacer(registry, clock, _pacing(own))
         replica = Replica(
             registry,
             recorder,
             file,
             clock,
             tasks,
-            options=options,
+            loader=Loader(_loading(own, options), registry, history, pacer, tasks, failpoints.reached),
+            counted=LoadMetrics(metrics),
             warmup_iterations=own.warmup_iterations,
             failpoint=failpoints.reached,
             released=counted.forget,
@@ -99,3 +111,24 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
 def _worker_threads(intra_op_threads: int) -> int:
     """As many runs at once as the cores allow, one core being left to the event loop."""
     return max(1, len(os.sched_getaffinity(0)) // intra_op_threads - 1)
+
+
+def _loading(own: InferenceSettings, options: EngineOptions) -> LoadPolicy:
+    return LoadPolicy(
+        options=options,
+        isolate_bytes=own.isolate_mb << 20 if CHILDREN else 0,
+        tries=own.try_loads and CHILDREN,
+        timeout_seconds=own.load_timeout_seconds,
+        limit_bytes=own.memory_limit_mb << 20,
+        reserve_bytes=own.memory_reserve_mb << 20,
+        channels=_worker_threads(own.intra_op_threads) + 1,  # and one for warm-up and comparison
+    )
+
+
+def _pacing(own: InferenceSettings) -> PacingPolicy:
+    return PacingPolicy(
+        factor=own.load_p99_factor,
+        floor_seconds=own.load_p99_floor_ms / 1e3,
+        pause_seconds_max=own.load_pause_max_seconds,
+        gives_up=own.load_when_starved == "give_up",
+    )

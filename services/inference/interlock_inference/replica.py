@@ -10,8 +10,7 @@ Rules of this file
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,22 +23,34 @@ import structlog
 
 from interlock.core.ports import Clock
 from interlock.core.route import Route, admit, stale_epoch
-from interlock.errors import AlreadyExists, FailedPrecondition, InterlockError, Internal, NotFound
+from interlock.errors import AlreadyExists, FailedPrecondition, InterlockError, Internal, NotFound, Unavailable
 from interlock.runtime.changed import Changed
 from interlock.stores import golden
 from interlock_inference import batching, compare, repository
 from interlock_inference.assignment import Assigned, AssignedModel, Assignment, AssignmentFile
 from interlock_inference.compare import Comparison
 from interlock_inference.dataplane import run_now
-from interlock_inference.engines import Array, EngineOptions, made_up_inputs
+from interlock_inference.engines import Array, made_up_inputs
+from interlock_inference.loads.isolated import IsolatedEngine
+from interlock_inference.loads.loader import Loader
+from interlock_inference.loads.pace import Hold, Told
+from interlock_inference.metrics import LoadMetrics
 from interlock_inference.recorder import Recorder
 from interlock_inference.repository import Opened
 from interlock_inference.slots import Drained, Origin, Registry, Slot, SlotState, Warmup
 
 COMPARE_SAMPLES = 64
-LOADER_NICENESS = 10  # a load must not hurt the tail of what serves
 MADE_UP_ROWS = 8
 HOPS = 5  # tries, of which the fastest counts
+REVIVE_SECONDS = (
+    0.0,
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    15.0,
+    30.0,
+)  # before each try to bring a lost child back; the last for all that follow
 _ROUTABLE = frozenset({SlotState.READY, SlotState.SERVING, SlotState.DRAINING})
 _LOADED = _ROUTABLE | {SlotState.WARMING_UP}
 _T = TypeVar("_T")
@@ -60,9 +71,10 @@ class Wanted:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A load under way, or just ended."""
+    """A load under way, or just ended. `hold` pauses or ends it."""
 
     slot: Slot
+    hold: Hold = field(default_factory=Hold)
     percent: float = 0.0
     message: str = "queued"
     error: InterlockError | None = None
@@ -93,7 +105,8 @@ class Replica:
         clock: Clock,
         tasks: asyncio.TaskGroup,
         *,
-        options: EngineOptions,
+        loader: Loader,
+        counted: LoadMetrics,
         warmup_iterations: int,
         failpoint: Callable[[str, str], None] = lambda place, version: None,
         released: Callable[[Slot], None] = lambda _: None,
@@ -104,18 +117,16 @@ class Replica:
         self._file = file
         self._clock = clock
         self._tasks = tasks
-        self._options = options
+        self._loader = loader
+        self._counted = counted
         self._warmup_iterations = warmup_iterations
         self._failpoint = failpoint
         self._released = released
         self._assignment = file.read()
         self._restored = False
+        self._closing = False
         self._lock = asyncio.Lock()  # one change of routes and slots at a time
         self._loads: dict[tuple[str, str], Load] = {}
-        niceness = (
-            LOADER_NICENESS if options.num_threads == 1 else 0
-        )  # a session's own threads would stay nice for ever
-        self._loader = ThreadPoolExecutor(1, "load", initializer=_be_nice, initargs=(niceness,))
         self._bench = ThreadPoolExecutor(1, "warm")
 
     @property
@@ -137,8 +148,11 @@ class Replica:
         return self._restored and self._assignment.models.keys() <= self._registry.snapshot.routes.keys()
 
     def close(self) -> None:
-        """Ends the threads after what they do now."""
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        """Ends what loads, and the threads after what they do now."""
+        self._closing = True
+        for load in self._loads.values():
+            load.hold.end(_stopping())
+        self._loader.close()
         self._bench.shutdown(wait=False, cancel_futures=True)
 
     # --- fence and assignment ---
@@ -252,7 +266,7 @@ class Replica:
             loop.call_soon_threadsafe(self._progress, load, percent, message)
 
         try:
-            opened = await loop.run_in_executor(self._loader, self._open, load.slot, wanted, progress)
+            opened = await self._loader.open(load.slot, wanted.digest, load.hold, progress, _Pauses(self, load))
             self._take(load, opened, wanted)
         except InterlockError as error:
             self._load_failed(load, error)
@@ -261,27 +275,32 @@ class Replica:
             self._load_failed(load, Internal(f"loading {load.slot.name} failed unexpectedly", reason="LOAD_CRASHED"))
         finally:
             load.done = True
+            self._counted.ended(load.slot.model, load.error)
             self.changed.fire()
-
-    def _open(self, slot: Slot, wanted: Wanted, progress: repository.Progress) -> Opened:
-        self._failpoint("inference.load", slot.version)
-        return repository.open_artifact(repository.parse_uri(slot.artifact_uri), wanted.digest, self._options, progress)
 
     def _progress(self, load: Load, percent: float, message: str) -> None:
         load.percent, load.message = percent, message
+        self.changed.fire()
+
+    def note(self, load: Load, message: str, paused_seconds: float = 0.0) -> None:
+        """Shows a pause of a load, or its end."""
+        load.message = message
+        self._counted.paused(load.slot.model, paused_seconds)
         self.changed.fire()
 
     def _take(self, load: Load, opened: Opened, wanted: Wanted) -> None:
         slot = load.slot
         try:
             if slot.state is SlotState.STOPPED:
-                raise FailedPrecondition(f"{slot.name} was released while it was loading", reason="RELEASED")
+                raise _released(slot)
             if wanted.compatible_with is not None:
                 self._check_compatible(opened, wanted.compatible_with)
         except InterlockError:
             opened.engine.close()
             raise
         slot.loaded(opened)
+        if isinstance(opened.engine, IsolatedEngine):
+            self._watch(slot, opened.engine)
         load.percent, load.message = 100.0, "loaded"
         _log.info(
             "loaded",
@@ -290,7 +309,40 @@ class Replica:
             memory_bytes=opened.memory_bytes,
             providers=opened.engine.providers,
             batching=slot.lane is not None,
+            process=opened.engine.pid if isinstance(opened.engine, IsolatedEngine) else 0,
         )
+
+    def _watch(self, slot: Slot, engine: IsolatedEngine) -> None:
+        """Brings the version back when its child ends."""
+        loop, control = asyncio.get_running_loop(), engine.control
+
+        def ended() -> None:
+            loop.remove_reader(control)
+            if slot.opened is not None and slot.opened.engine is engine and engine.control is control:
+                engine.close()
+                _log.error("engine_lost", version=slot.name, process=engine.pid)
+                self._tasks.create_task(self._revive(slot, engine))
+
+        loop.add_reader(control, ended)
+
+    async def _revive(self, slot: Slot, engine: IsolatedEngine) -> None:
+        for attempt in itertools.count():
+            await self._clock.sleep(REVIVE_SECONDS[min(attempt, len(REVIVE_SECONDS) - 1)])
+            if slot.opened is None or self._closing:
+                return
+            try:
+                await self._loader.revive(slot, engine)
+            except (InterlockError, OSError) as error:
+                _log.error("engine_still_lost", version=slot.name, attempt=attempt + 1, problem=str(error))
+                continue
+            break
+        self._counted.revived(slot.model)
+        if slot.opened is None:
+            engine.close()
+            return
+        self._watch(slot, engine)
+        self.changed.fire()
+        _log.info("engine_revived", version=slot.name, process=engine.pid)
 
     def _check_compatible(self, opened: Opened, with_: tuple[str, str]) -> None:
         stable = self._registry.find(*with_)
@@ -544,7 +596,9 @@ class Replica:
                 return False
             slot.move(SlotState.STOPPED)
             self._registry.drop(slot)
-            self._loads.pop((model, version), None)
+            load = self._loads.pop((model, version), None)
+            if load is not None and not load.done:
+                load.hold.end(_released(slot))
         self._released(slot)
         self.changed.fire()
         _log.info("released", version=slot.name)
@@ -575,6 +629,28 @@ def _nothing() -> None:
     """What a hop carries."""
 
 
-def _be_nice(niceness: int) -> None:
-    if niceness and hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+def _released(slot: Slot) -> FailedPrecondition:
+    return FailedPrecondition(f"{slot.name} was released while it was loading", reason="RELEASED")
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the replica is stopping", reason="DRAINING")
+
+
+class _Pauses(Told):
+    """Shows a load's pauses in its progress, and counts them."""
+
+    def __init__(self, replica: Replica, load: Load) -> None:
+        super().__init__()
+        self._replica = replica
+        self._load = load
+        self._before = ""
+
+    def paused(self, message: str) -> None:
+        """See `Told`."""
+        self._before = self._load.message
+        self._replica.note(self._load, message)
+
+    def resumed(self, seconds: float) -> None:
+        """See `Told`."""
+        self._replica.note(self._load, self._before, paused_seconds=seconds)

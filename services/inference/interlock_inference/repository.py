@@ -12,14 +12,12 @@ from pathlib import Path
 
 import psutil
 
-from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound, ResourceExhausted
+from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
 from interlock.stores import artifacts, modelspec
 from interlock.stores.artifacts import FileEntry, Manifest
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import Engine, EngineOptions, Signature
 from interlock_inference.engines import onnx as onnx_engine
-
-LOAD_FACTOR = 2  # while a session is built, the file's initialisers and the session's own copies stand side by side
 
 Progress = Callable[[float, str], None]
 """Called with percent and what is being done; from the thread that opens."""
@@ -54,7 +52,6 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
 
     Raises:
         NotFound: `ARTIFACT_MISSING`.
-        ResourceExhausted: `DOES_NOT_FIT`.
         FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `GATE_FAILED`, `SIGNATURE_MISMATCH`, `SIGNATURE_MISSING`, `PROVIDER_UNAVAILABLE`, `MODULE_NOT_REGISTERED`,
             `COMPONENT_MISSING`.
         InvalidArgument: `PATH_OUTSIDE_FOLDER`.
@@ -64,7 +61,6 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
     if spec is not None and spec.gate_failure:
         raise gate_failed(f"{path}", spec.gate_failure)
     model = path if path.is_file() else path / _model_file(path, manifest, spec)
-    _check_fits(path, manifest.size_bytes)
     progress(40, f"loading {manifest.size_bytes} bytes")
     before = psutil.Process().memory_info().rss
     engine = _loader(spec)(model, spec, options)
@@ -73,6 +69,27 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
         _check_claims(path, spec, engine)
     progress(100, "loaded")
     return Opened(engine, manifest.digest, path, spec, grown)
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What an artifact says of itself, nothing of it proven: enough to decide how to load it."""
+
+    digest: str = ""
+    size_bytes: int = 0
+    spec: ModelSpec | None = None
+
+
+def glance(path: Path) -> Glance:
+    """Reads manifest and model.toml; an empty one where `open_artifact` will refuse."""
+    try:
+        if path.is_file():
+            return Glance("", path.stat().st_size)
+        manifest = artifacts.read_manifest(path)
+        spec = modelspec.read_spec(path) if (path / modelspec.SPEC_FILE).is_file() else None
+    except (OSError, InterlockError):
+        return Glance()
+    return Glance(manifest.digest, manifest.size_bytes, spec)
 
 
 def _loader(spec: ModelSpec | None) -> Callable[[Path, ModelSpec | None, EngineOptions], Engine]:
@@ -96,16 +113,6 @@ def gate_failed(subject: str, why: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"{subject} must not serve: {why}", reason="GATE_FAILED", field="artifact_uri", metadata={"gate": why}
     )
-
-
-def _check_fits(path: Path, size_bytes: int) -> None:
-    available_bytes = psutil.virtual_memory().available
-    if size_bytes * LOAD_FACTOR > available_bytes:
-        raise ResourceExhausted(
-            f"{path} has {size_bytes} bytes and needs about {LOAD_FACTOR} times as much to load; {available_bytes} bytes of memory are available",
-            reason="DOES_NOT_FIT",
-            metadata={"size_bytes": str(size_bytes), "available_bytes": str(available_bytes)},
-        )
 
 
 def _verified(path: Path, expected_digest: str) -> tuple[Manifest, ModelSpec | None]:

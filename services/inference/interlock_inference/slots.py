@@ -330,6 +330,13 @@ class Registry:
         """Every slot, in the order of loading per model."""
         return [slot for slots in self.snapshot.slots.values() for slot in slots.values()]
 
+    def close(self) -> None:
+        """Closes the engines of all slots that nobody holds; the process is about to end."""
+        for slot in self.all_slots():
+            if slot.opened is not None and not slot.handles:
+                opened, slot.opened = slot.opened, None
+                opened.engine.close()
+
     def put(self, slot: Slot) -> None:
         """Adds or replaces the slot of a version."""
         slots = {model: dict(versions) for model, versions in self.snapshot.slots.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 EXACT_ROWS = 128  # batch sizes up to this are counted one by one; above, by the next power of two, so that clients can't grow the table
@@ -60,8 +61,13 @@ class VersionStats:
         batch.compute_output.add(output_ns)
 
     def percentile_seconds(self, share: float) -> float:
-        """Nearest-rank percentile of the last window; 0 when it is empty."""
-        ordered = sorted(self.latencies_seconds)
-        if not ordered:
-            return 0.0
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        """Percentile of the last window; 0 when it is empty."""
+        return percentile(self.latencies_seconds, share)
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """Nearest rank; 0 of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return 0.0
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -4,6 +4,7 @@ INTERLOCK_FAILPOINT=controller.SWITCHING                 killed right after the 
 INTERLOCK_FAILPOINT=controller.SWITCHING:before_persist  killed when that was decided and nothing is written yet
 INTERLOCK_FAILPOINT=inference.warm                       killed in a warm-up; the places are load, warm, switch and drain
 INTERLOCK_FAILPOINT=inference.warm:3                     the same, of version 3 only
+INTERLOCK_FAILPOINT=child.load:3                         the child that tries version 3 is killed; the replica is not
 """
 
 from __future__ import annotations

@@ -52,6 +52,23 @@ class InferenceSettings(_Room):
     recorded_requests: int = Field(
         64, ge=0, le=4096, description="recent requests kept per model for warm-up and comparison"
     )
+    try_loads: bool = Field(
+        True, description="while something serves, a child process loads and runs a candidate before this one does"
+    )
+    isolate_mb: int = Field(
+        64, ge=0, description="a version whose files have this many MiB stays in a process of its own; 0: never"
+    )
+    load_timeout_seconds: float = Field(300.0, gt=0, description="longest time that a child may take to load a version")
+    load_p99_factor: float = Field(
+        2.0, ge=0, description="a load is paused while p99 is above this many times the p99 before it; 0: never"
+    )
+    load_p99_floor_ms: float = Field(10.0, ge=0, description="a p99 below this never pauses a load")
+    load_pause_max_seconds: float = Field(30.0, ge=0, description="all pauses of one load together")
+    load_when_starved: Literal["go_on", "give_up"] = Field(
+        "go_on", description="what a load does when its pauses are used up"
+    )
+    memory_limit_mb: int = Field(0, ge=0, description="memory of this replica and its children, in MiB; 0: no limit")
+    memory_reserve_mb: int = Field(128, ge=0, description="memory that a load must leave free, in MiB")
 
     repository: str = Field(
         "", description="a folder <model>/<version>/ to serve from without a controller; empty: a controller decides"

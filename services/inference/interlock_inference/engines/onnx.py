@@ -19,7 +19,7 @@ import onnxruntime as ort
 import structlog
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound
+from interlock.errors import FailedPrecondition, InterlockError, Internal, InvalidArgument, NotFound, ResourceExhausted
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import Array, Engine, EngineOptions, Signature
 
@@ -186,6 +186,12 @@ def _faults_in_our_words(run: Callable[..., list[Array]]) -> Callable[..., list[
                 f"inputs: refused by the model: {_clean(error)}", reason="INPUT_REFUSED", field="inputs"
             ) from None
         except Exception as error:  # noqa: BLE001 - whatever the runtime throws is a fault of this run
+            if "allocate memory" in str(error) or "bad_alloc" in str(error):
+                raise ResourceExhausted(
+                    "there is not enough memory for this request",
+                    reason="ENGINE_OUT_OF_MEMORY",
+                    metadata={"cause": _clean(error)},
+                ) from None
             error_id = uuid.uuid4().hex[:16]
             _log.error("engine_fault", error_id=error_id, problem=_clean(error))
             raise Internal(
