@@ -66,7 +66,8 @@ class _Work:
 
         audit.install()
         order = self._order
-        options = EngineOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in order["options"].items()})
+        own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in order["options"].items()}
+        options = EngineOptions(**own)
 
         def progress(percent: float, message: str) -> None:
             wire.send(self._control, {"progress": [percent, message]})

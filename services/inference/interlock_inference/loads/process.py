@@ -22,8 +22,8 @@ from interlock_inference.loads import wire
 from interlock_inference.repository import Progress
 
 PROGRAM = (sys.executable, "-m", "interlock_inference.loads.child")
-KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "LANG", failpoints.VARIABLE)
-"""What a child gets of our environment: where its programs are; never a key, never a setting."""
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "LANG", failpoints.VARIABLE)
+"""What a child gets of our environment, with our import path: where its programs are; never a key, never a setting."""
 _TURN_SECONDS = 0.1
 
 
@@ -75,7 +75,11 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
                 [*program, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
-                env={**environment, "OMP_NUM_THREADS": str(order.options.num_threads)},
+                env={
+                    **environment,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OMP_NUM_THREADS": str(order.options.num_threads),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
