@@ -169,7 +169,7 @@ class Loader:
             memory_bytes=free + seen.size_bytes + ADDRESS_SLACK_BYTES,
             cpu_seconds=int(policy.timeout_seconds),
             idle=self._num_threads(seen) == 1 or not self._stays(seen),
-            channels=policy.channels,
+            channels=max(policy.channels, seen.spec.instances + 1 if seen.spec is not None else 0),
         )
 
     def _try(self, order: Order, hold: Hold, progress: Progress) -> tuple[Child, Report]:
