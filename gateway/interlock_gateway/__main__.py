@@ -1,13 +1,15 @@
-"""The gateway's process: HTTP on one port, gRPC channels to the rooms behind it."""
+"""The gateway's process: HTTP on one port, gRPC channels to the rooms behind it; in the inline form a replica in the same process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import pkgutil
 import socket
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import structlog
 import uvicorn
@@ -41,12 +43,13 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(_listen(config.host, config.gateway.port))
         await stack.enter_async_context(telemetry("gateway", config.otlp_endpoint))
-        up = await stack.enter_async_context(upstreams(config, keys.internal_key(), clock, stopping))
         own = config.gateway
-        predictor = Predictor(up, up, own.predict_timeout_seconds, own.default_model)
+        near = await stack.enter_async_context(_inline("replica")(config, keys, stopping)) if own.inline else None
+        up = await stack.enter_async_context(upstreams(config, keys.internal_key(), clock, stopping, near))
+        predictor = Predictor(up, near.answerer if near else up, own.predict_timeout_seconds, own.default_model)
         application = Gateway(
             predictor,
-            web.build(config, up, predictor, keys),
+            web.build(config, up, predictor, keys, *([near.metrics] if near else [])),
             keys,
             max_body_bytes=own.max_body_mb << 20,
             receive_seconds=own.receive_timeout_seconds,
@@ -69,8 +72,15 @@ async def main() -> None:
     config = settings.load()
     logging.configure("gateway", config.log_level, config.log_format)
     settings.refuse_exposed(config)
+    if config.gateway.inline:
+        _inline("lock")()
     with stopping_on_signals() as stopping:
         await serve(config, stopping)
+
+
+def _inline(name: str) -> Any:
+    """Part of the replica's inline form, by name: the rooms never import each other."""
+    return pkgutil.resolve_name(f"interlock_inference.inline:{name}")
 
 
 def _uvicorn_config(application: Gateway) -> uvicorn.Config:

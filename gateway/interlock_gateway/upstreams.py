@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from grpc import aio
+from prometheus_client import CollectorRegistry
 
 from interlock.api.controller.v1.model_service_pb2_grpc import ModelServiceStub
 from interlock.api.controller.v1.rollback_service_pb2_grpc import RollbackServiceStub
@@ -22,7 +23,7 @@ from interlock.api.trainer.v1.run_service_pb2_grpc import RunServiceStub
 from interlock.core.ports import Clock
 from interlock.runtime.access import KEY_HEADER
 from interlock.runtime.channels import Caller, open_channel
-from interlock.runtime.infer import InferAnswer, InferRequest
+from interlock.runtime.infer import Answerer, InferAnswer, InferRequest
 from interlock.runtime.lifecycle import until
 from interlock.runtime.settings import Settings
 from interlock.runtime.status import from_rpc_error, translated
@@ -33,13 +34,23 @@ SIGNATURE_SECONDS = 5.0
 """How long a model's metadata is believed. Versions that follow each other have the same signature, so this is about a first version."""
 
 
+class Near(Protocol):
+    """A replica of this process: who answers predictions, its stubs and its metrics. `alone`: no controller decides what it serves."""
+
+    answerer: Answerer
+    inference: Any
+    runtime: Any
+    metrics: CollectorRegistry
+    alone: bool
+
+
 @dataclass(slots=True)
 class Upstreams:
-    """Stubs of every service the gateway fronts."""
+    """Stubs of every service the gateway fronts. `alone`: there is neither a controller nor a trainer."""
 
     caller: Caller
     clock: Clock
-    inference: rpc.Stub
+    inference: Any
     infer: Any
     runtime: Any
     swaps: Any
@@ -49,6 +60,7 @@ class Upstreams:
     runs: Any
     metrics: Any
     checkpoints: Any
+    alone: bool = False
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _signatures: dict[str, tuple[float, Any]] = field(default_factory=dict)
 
@@ -97,9 +109,13 @@ class Upstreams:
 
 @asynccontextmanager
 async def upstreams(
-    settings: Settings, key: str, clock: Clock, stopping: asyncio.Event | None = None
+    settings: Settings, key: str, clock: Clock, stopping: asyncio.Event | None = None, near: Near | None = None
 ) -> AsyncIterator[Upstreams]:
-    """Opens the channels; they connect when first used and close with the block. Watches end when `stopping` is set."""
+    """Opens the channels; they connect when first used and close with the block. Watches end when `stopping` is set.
+
+    Args:
+        near: a replica of this process, asked instead of the one at `inference_address`.
+    """
     async with (
         open_channel(settings.inference_address) as inference,
         open_channel(settings.trainer_address) as trainer,
@@ -108,13 +124,14 @@ async def upstreams(
         yield Upstreams(
             caller=Caller(key),
             clock=clock,
-            inference=rpc.Stub(inference),
+            inference=near.inference if near else rpc.Stub(inference),
             infer=inference.unary_unary(
                 f"/{rpc.SERVICE_NAME}/ModelInfer",
                 request_serializer=codec.to_wire,
                 response_deserializer=codec.from_wire,
             ),
-            runtime=RuntimeServiceStub(inference),
+            runtime=near.runtime if near else RuntimeServiceStub(inference),
+            alone=near is not None and near.alone,
             swaps=SwapServiceStub(controller),
             models=ModelServiceStub(controller),
             routes=RouteServiceStub(controller),

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
@@ -31,8 +32,10 @@ PREDICTIONS = (
 """Routes answered outside the framework, for the inventory."""
 
 
-def build(settings: Settings, upstreams: Upstreams, predictor: Predictor, keys: Keys) -> FastAPI:
-    """The application with all routes.
+def build(
+    settings: Settings, upstreams: Upstreams, predictor: Predictor, keys: Keys, *registries: CollectorRegistry
+) -> FastAPI:
+    """The application with all routes; `/metrics` shows the gateway's metrics and those of `registries`.
 
     Raises:
         ValueError: a route has no scope.
@@ -41,6 +44,7 @@ def build(settings: Settings, upstreams: Upstreams, predictor: Predictor, keys: 
         title="Interlock", version=interlock.__version__, docs_url="/docs", redoc_url=None, openapi_url="/openapi.json"
     )
     app.state.settings, app.state.upstreams, app.state.predictor, app.state.keys = settings, upstreams, predictor, keys
+    app.state.registries = (REGISTRY, *registries)
     for module in (health, open_inference, admin, swaps, runs):
         app.include_router(module.router)
     app.add_exception_handler(InterlockError, _problem)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import interlock
 from interlock.api.controller.v1 import model_service_pb2 as model_pb
 from interlock.api.controller.v1 import swap_service_pb2 as swap_pb
+from interlock.api.inference.v1 import runtime_service_pb2 as runtime_pb
 from interlock.api.types.v1 import types_pb2
 from interlock.core import names
 from interlock.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -163,13 +164,39 @@ async def rollback(
 @router.get("/version", dependencies=INFER)
 async def version(up: Up, model: str = "") -> dict[str, Any]:
     """What serves: version, training step, digest and route epoch, of one model or of all."""
+    if up.alone:
+        return _versions(await _served(up, model))
     models = (await up.call(up.models.ListModels, model_pb.ListModelsRequest(), idempotent=True)).models
     wanted = [m for m in models if not model or m.name == names.model_name(model)]
     if model and not wanted:
         raise NotFound(f"model {model!r} is not registered", reason="MODEL_NOT_FOUND", field="model")
-    serving = [await _serving(up, m) for m in wanted]
+    return _versions([await _serving(up, m) for m in wanted])
+
+
+def _versions(serving: list[dict[str, Any]]) -> dict[str, Any]:
     first = serving[0] if len(serving) == 1 else {}
     return {"interlock": interlock.__version__, **first, "models": serving}
+
+
+async def _served(up: Upstreams, model: str) -> list[dict[str, Any]]:
+    """What a replica without a controller serves."""
+    state = (await up.call(up.runtime.GetState, runtime_pb.GetStateRequest())).state
+    slots = {slot.version: slot for slot in state.slots}
+    serving = [
+        {
+            "model": names.parse_model(route.model),
+            "version": names.parse_version(route.stable_version)[1],
+            "epoch": route.epoch,
+            "digest": slots[route.stable_version].digest,
+            "step": slots[route.stable_version].origin.step,
+            "since": route.update_time.ToJsonString(),
+        }
+        for route in state.routes
+        if route.weights and model in ("", names.parse_model(route.model))
+    ]
+    if model and not serving:
+        raise NotFound(f"model {model!r} is not served", reason="MODEL_NOT_FOUND", field="model")
+    return serving
 
 
 async def _serving(up: Upstreams, model: Any) -> dict[str, Any]:

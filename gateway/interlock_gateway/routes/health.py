@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from datetime import UTC, datetime
 from typing import Any
 
-import prometheus_client
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -51,6 +51,8 @@ async def _rooms(up: Upstreams) -> dict[str, bool]:
     from interlock.api.controller.v1 import model_service_pb2 as model_pb
     from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 
+    if up.alone:
+        return {"inference": await _answers(up, up.inference.ServerLive, messages.ServerLiveRequest())}
     async with asyncio.TaskGroup() as group:
         inference = group.create_task(_answers(up, up.inference.ServerLive, messages.ServerLiveRequest()))
         trainer = group.create_task(_answers(up, up.runs.ListRuns, run_pb.ListRunsRequest(page_size=1)))
@@ -188,16 +190,17 @@ async def reload(up: Up, model: str) -> dict[str, Any]:
 
 @router.get("/metrics", dependencies=PUBLIC)
 @router.get("/health/metrics", dependencies=PUBLIC)
-async def metrics() -> Response:
-    """The gateway's metrics for Prometheus."""
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request) -> Response:
+    """The gateway's metrics for Prometheus; in the inline form the replica's too."""
+    text = b"".join(generate_latest(registry) for registry in request.app.state.registries)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/health/metrics/json", dependencies=PUBLIC)
-async def metrics_json() -> dict[str, float]:
+async def metrics_json(request: Request) -> dict[str, float]:
     """The gateway's metrics as one flat object, for a look by eye: `name_label=value,...` to number."""
     flat: dict[str, float] = {}
-    for family in prometheus_client.REGISTRY.collect():
+    for family in itertools.chain.from_iterable(registry.collect() for registry in request.app.state.registries):
         for sample in family.samples:
             labels = ",".join(f"{name}={value}" for name, value in sample.labels.items())
             flat[f"{sample.name}_{labels}" if labels else sample.name] = sample.value

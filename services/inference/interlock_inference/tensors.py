@@ -117,7 +117,7 @@ def num_elements(shape: Sequence[int], field: str) -> int:
     return count
 
 
-def decode_raw(tensor: Described, raw: bytes, index: int) -> Array:
+def decode_raw(tensor: Described, raw: bytes | memoryview, index: int) -> Array:
     """A view on `raw`, read-only like it; BYTES are copied out element by element. `index` is the tensor's place in the request."""
     count = num_elements(tensor.shape, f"inputs[{index}].shape")
     if tensor.datatype == "BYTES":
@@ -135,7 +135,7 @@ def decode_raw(tensor: Described, raw: bytes, index: int) -> Array:
     return array
 
 
-def _decode_bytes(raw: bytes, count: int, index: int) -> Array:
+def _decode_bytes(raw: bytes | memoryview, count: int, index: int) -> Array:
     field = f"raw_input_contents[{index}]"
     if count * LENGTH.size > len(raw):
         raise invalid(field, f"{len(raw)} bytes can't hold {count} BYTES elements, each led by 4 bytes of length")
@@ -150,7 +150,7 @@ def _decode_bytes(raw: bytes, count: int, index: int) -> Array:
             raise invalid(
                 field, f"BYTES element {position} of {count} says {length} bytes, {len(raw) - offset} are left"
             )
-        elements[position] = raw[offset : offset + length]
+        elements[position] = bytes(raw[offset : offset + length])
         offset += length
     if offset != len(raw):
         raise invalid(field, f"{len(raw) - offset} bytes left over after {count} BYTES elements")

@@ -12,7 +12,7 @@ from interlock.errors import InterlockError
 
 COMMANDS = {
     "up": ("up", "Start all rooms, supervise them, restart one that dies."),
-    "serve": ("up", "Run one room in the foreground."),
+    "serve": ("up", "Run one room in the foreground, or gateway and inference in one process (--inline)."),
     "status": ("status", "Show rooms, models, swaps and runs."),
     "demo": ("demo", "Train, guard, roll back, promote and swap under load; about two minutes."),
     "run": ("run", "Training runs: create, list, watch, pause, resume, stop, rollback."),

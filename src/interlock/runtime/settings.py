@@ -70,6 +70,7 @@ class InferenceSettings(_Room):
     memory_limit_mb: int = Field(0, ge=0, description="memory of this replica and its children, in MiB; 0: no limit")
     memory_reserve_mb: int = Field(128, ge=0, description="memory that a load must leave free, in MiB")
 
+    listen: bool = Field(True, description="the gRPC listener; the inline form can do without one")
     repository: str = Field(
         "", description="a folder <model>/<version>/ to serve from without a controller; empty: a controller decides"
     )
@@ -115,6 +116,7 @@ class ControllerSettings(_Room):
 class GatewaySettings(_Room):
     """The HTTP gateway."""
 
+    inline: bool = Field(False, description="a replica in the gateway's own process, asked without a hop")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
     max_body_mb: int = Field(20, ge=1, le=1024, description="largest request body, in MiB")  # seed 004, MAX_UPLOAD_MB
     predict_timeout_seconds: float = Field(

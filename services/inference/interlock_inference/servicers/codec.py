@@ -60,11 +60,22 @@ class InferCall:
 def _priority(request: pb.ModelInferRequest) -> int:
     """Triton's clients send it unsigned, JSON ones as an int64."""
     parameter = request.parameters["priority"]
-    if parameter.WhichOneof("parameter_choice") not in ("int64_param", "uint64_param"):
+    kind = parameter.WhichOneof("parameter_choice")
+    return whole_priority(getattr(parameter, kind) if kind else None)
+
+
+def whole_priority(value: Any) -> int:
+    """A priority as the data plane takes it. Raises InvalidArgument `INVALID_PARAMETER`."""
+    if type(value) is not int:
         raise InvalidArgument(
             "parameters.priority: a whole number is needed", reason="INVALID_PARAMETER", field="parameters.priority"
         )
-    return int(parameter.uint64_param or parameter.int64_param)
+    return value
+
+
+def identity(slot: Slot, epoch: int) -> dict[str, str | int]:
+    """The response parameters that say which weights answered."""
+    return {VERSION: slot.name, STEP: slot.step, DIGEST: slot.digest, EPOCH: epoch}
 
 
 def _outputs(request: pb.ModelInferRequest) -> list[str]:
@@ -131,9 +142,10 @@ class ResponseMaker:
             if len(self._templates) > 64:
                 self._templates.clear()
             template = pb.ModelInferResponse(model_name=slot.model, model_version=slot.version)
-            template.parameters[VERSION].string_param = slot.name
-            template.parameters[STEP].int64_param = slot.step
-            template.parameters[DIGEST].string_param = slot.digest
-            template.parameters[EPOCH].int64_param = epoch
+            for name, value in identity(slot, epoch).items():
+                if isinstance(value, str):
+                    template.parameters[name].string_param = value
+                else:
+                    template.parameters[name].int64_param = value
             self._templates[key] = template
         return template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 
@@ -57,11 +58,48 @@ def _greet(settings: settings_module.Settings) -> None:
 
 
 @click.command()
-@click.argument("room", type=click.Choice(sorted(ROOMS)))
+@click.argument("room", type=click.Choice(sorted(ROOMS)), required=False)
+@click.option("--inline", is_flag=True, help="Gateway and inference in one process: no hop, no controller needed.")
+@click.option(
+    "--model", "models", multiple=True, metavar="NAME=PATH", help="Serve this ONNX file or folder. Repeatable."
+)
+@click.option("--repository", type=click.Path(file_okay=False), help="Serve what lies in <model>/<version>/ below it.")
+@click.option("--grpc/--no-grpc", default=True, help="With --inline: the gRPC listener beside HTTP.")
 @click.option("--host", help="Address to listen on. Beyond loopback it needs API keys, or --insecure.")
 @click.option("--home", type=click.Path(file_okay=False), help="State folder.")
 @click.option("--insecure", is_flag=True, help="Listen beyond loopback without keys.")
-def serve(room: str, host: str | None, home: str | None, insecure: bool) -> None:
-    """Run one room in the foreground, logging to standard output: what a container runs."""
+def serve(
+    room: str | None,
+    inline: bool,
+    models: tuple[str, ...],
+    repository: str | None,
+    grpc: bool,
+    host: str | None,
+    home: str | None,
+    insecure: bool,
+) -> None:
+    """Run one room in the foreground, logging to standard output: what a container runs.
+
+    `interlock serve --inline --model digits=digits.onnx` serves a model over HTTP and gRPC from one process.
+    """
+    if inline == (room is not None):
+        raise click.UsageError("give a ROOM, or --inline for gateway and inference in one process")
+    if (models or repository) and room not in (None, "inference"):
+        raise click.UsageError(f"--model and --repository belong to inference, not to {room}")
     _environment(host, home, insecure)
-    os.execv(sys.executable, [sys.executable, "-m", ROOMS[room]])  # noqa: S606  the room replaces this process
+    chosen = {
+        "GATEWAY_INLINE": "true" if inline else None,
+        "INFERENCE_REPOSITORY": repository,
+        "INFERENCE_MODELS": json.dumps(dict(map(_named, models))) if models else None,
+        "INFERENCE_LISTEN": None if grpc else "false",
+    }
+    os.environ.update({f"INTERLOCK_{name}": value for name, value in chosen.items() if value is not None})
+    module = ROOMS[room or "gateway"]
+    os.execv(sys.executable, [sys.executable, "-m", module])  # noqa: S606  the room replaces this process
+
+
+def _named(option: str) -> tuple[str, str]:
+    name, equals, path = option.partition("=")
+    if not (name and equals and path):
+        raise click.UsageError(f"--model {option}: NAME=PATH is expected, e.g. digits=digits.onnx")
+    return name, path

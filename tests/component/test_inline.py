@@ -1,0 +1,168 @@
+"""Gateway and inference in one process: the same answers, errors and headers as through the hop, with and without a gRPC listener."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+
+import onnx_models
+from gateway_world import BAD, DEAD, ROW, http_request, raw, tensor, world
+from interlock.api.oip import messages, rpc
+from interlock.runtime.channels import open_channel
+from interlock.runtime.settings import Settings
+from interlock_gateway.__main__ import serve
+from rooms import free_ports
+
+
+def settings(home: Path, gateway: dict[str, Any] | None = None, **inference: Any) -> Settings:
+    own = {"port": 0, "listen": False, "repository": str(home / "models"), "repository_settle_seconds": 0, **inference}
+    return Settings(
+        home=home, probe_interval_seconds=0, inference=own, trainer={"port": DEAD}, controller={"port": DEAD},
+        gateway={"port": 0, "inline": True, **(gateway or {})},
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+@asynccontextmanager
+async def inline(config: Settings) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
+    """The one process, in this one; ready."""
+    stopping, started = asyncio.Event(), asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve(config, stopping, started.set_result))
+        port = await started
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            try:
+                async with asyncio.timeout(20):
+                    while (await http.get("/v2/health/ready")).status_code != 200:
+                        await asyncio.sleep(0.01)
+                yield http, port
+            finally:
+                stopping.set()
+
+
+def put(home: Path, version: str, body: bytes | None = None) -> None:
+    onnx_models.write_version(home / "models" / "policy" / version, body or onnx_models.constant(float(version)))
+
+
+def seen(answer: httpx.Response) -> tuple[int, Any, dict[str, str]]:
+    """What must be the same in both forms: everything but ids and times."""
+    body = answer.json()
+    for changing in ("request_id", "trace_id", "traceparent", "metadata"):
+        body.pop(changing, None)
+    body.get("parameters", {}).pop("traceparent", None)
+    headers = {k: v for k, v in answer.headers.items() if k.startswith("interlock") or k == "content-type"}
+    return answer.status_code, body, headers
+
+
+async def test_the_same_answers_and_refusals_as_through_the_hop(tmp_path: Path) -> None:
+    put(tmp_path / "near", "1")
+    asked: dict[str, tuple[str, Any]] = {name: (path, body) for name, (path, body, *_) in BAD.items()} | {
+        "a row": ("/v2/models/policy/infer", {**ROW, "id": "abc"}),
+        "a version": ("/v2/models/policy/versions/1/infer", ROW),
+        "no such version": ("/v2/models/policy/versions/9/infer", ROW),
+        "some outputs": ("/v2/models/policy/infer", {**ROW, "outputs": [{"name": "y"}]}),
+        "no such output": ("/v2/models/policy/infer", {**ROW, "outputs": [{"name": "z"}]}),
+        "a priority": ("/v2/models/policy/infer", {**ROW, "parameters": {"priority": 1, "timeout": 1_000_000}}),
+        "a bad priority": ("/v2/models/policy/infer", {**ROW, "parameters": {"priority": "high"}}),
+        "no rows": ("/v2/models/policy/infer", tensor([], [0, 4])),
+        "plain": ("/predict", {"instances": [[0, 0, 0, 0]]}),
+    }
+    async with world(tmp_path / "far") as far, inline(settings(tmp_path / "near")) as (near, _):
+        for name, (path, body) in asked.items():
+            there, here = await far.http.post(path, json=body), await near.post(path, json=body)
+            assert seen(here) == seen(there), name
+            assert here.headers["traceparent"]
+            assert here.headers["x-request-id"]
+
+
+async def test_binary_tensors_and_pipelined_requests(tmp_path: Path) -> None:
+    put(tmp_path, "1")
+    rows = np.zeros((3, 4), np.float32)
+    item = {"name": "x", "datatype": "FP32", "shape": [3, 4], "parameters": {"binary_data_size": rows.nbytes}}
+    head = orjson.dumps({"inputs": [item], "parameters": {"binary_data_output": True}})
+    length = {"inference-header-content-length": str(len(head))}
+    async with inline(settings(tmp_path)) as (http, port):
+        answer = await http.post("/v2/models/policy/infer", content=head + rows.tobytes(), headers=length)
+        cut = int(answer.headers["inference-header-content-length"])
+        got = np.frombuffer(answer.content[cut:], np.float32)
+        assert got.tolist() == [1.0] * 12
+        short = await http.post("/v2/models/policy/infer", content=head + rows.tobytes()[:-1], headers=length)
+        assert (short.status_code, short.json()["field"]) == (400, "inputs[0].parameters.binary_data_size")
+        body = orjson.dumps(ROW)
+        heard = await raw(port, http_request(body) * 5)
+        assert heard.count(b"HTTP/1.1 200") == 5
+
+
+async def test_a_slow_model_waits_in_a_thread_and_meets_its_deadline(tmp_path: Path) -> None:
+    put(tmp_path, "1", onnx_models.slow(1.0))
+    async with inline(settings(tmp_path)) as (http, port):
+        async with asyncio.TaskGroup() as group:
+            several = [group.create_task(http.post("/v2/models/policy/infer", json=ROW)) for _ in range(5)]
+        assert {answer.result().status_code for answer in several} == {200}
+        late = await http.post("/v2/models/policy/infer", json=ROW, headers={"x-request-timeout-seconds": "0.000001"})
+        assert (late.status_code, late.json()["reason"]) == (504, "DEADLINE_EXPIRED")
+        for _ in range(20):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(http_request(orjson.dumps(ROW)))
+            await writer.drain()
+            writer.close()
+        async with asyncio.timeout(20):
+            while 'interlock_slot_in_flight{model="policy",version="1"} 0.0' not in (await http.get("/metrics")).text:
+                await asyncio.sleep(0.02)
+
+
+async def test_health_metrics_version_and_documentation_of_the_one_process(tmp_path: Path) -> None:
+    put(tmp_path, "1")
+    async with inline(settings(tmp_path)) as (http, _):
+        await http.post("/v2/models/policy/infer", json=ROW)
+        text = (await http.get("/metrics")).text
+        for name in (
+            "api_request_total",
+            "interlock_infer_requests_total",
+            "llm_model_loaded",
+            "interlock_route_epoch",
+        ):
+            assert f"\n{name}{{" in text
+        assert (
+            "interlock_infer_requests_total_model=policy,version=1,code=OK"
+            in (await http.get("/health/metrics/json")).json()
+        )
+        health = await http.get("/health")
+        assert health.json() == {"status": "healthy", "rooms": {"inference": "up"}, "models": {"policy": "healthy"}}
+        version = (await http.get("/version")).json()
+        assert (version["model"], version["version"], version["epoch"]) == ("policy", "1", 1)
+        assert (await http.get("/version", params={"model": "nobody"})).status_code == 404
+        probe = await http.get("/health/llm", params={"model": "policy", "run_inference": "true"})
+        assert probe.json()["inference_ready"]
+        index = (await http.post("/v2/repository/index")).json()
+        assert [(entry["version"], entry["state"]) for entry in index] == [("1", "READY")]
+        assert (await http.get("/v2/models/policy/config")).json()["name"] == "policy"
+        assert (await http.get("/docs")).status_code == 200
+
+
+async def test_grpc_beside_http(tmp_path: Path) -> None:
+    put(tmp_path, "1")
+    (port,) = free_ports(1)
+    async with (
+        inline(settings(tmp_path, listen=True, port=port)) as (http, _),
+        open_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        request = messages.ModelInferRequest(model_name="policy", raw_input_contents=[bytes(16)])
+        request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+        answer = await rpc.Stub(channel).ModelInfer(request, timeout=10)
+        assert answer.model_version == "1"
+        assert (await http.post("/v2/models/policy/infer", json=ROW)).status_code == 200
+
+
+async def test_nothing_to_serve_and_nobody_to_say_it_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup) as refused:
+        async with inline(settings(tmp_path, repository="")):
+            pass
+    assert "inference.repository" in str(refused.value.exceptions[0])
