@@ -27,7 +27,7 @@ pytestmark = pytest.mark.system
 
 @asynccontextmanager
 async def a_process(
-    home: Path, failpoint: str = "", port: int = 0
+    home: Path, failpoint: str = "", port: int = 0, **more: str
 ) -> AsyncIterator[tuple[Remote, asyncio.subprocess.Process]]:
     """A real replica process; killed at the end if it still lives."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("INTERLOCK_")}
@@ -37,6 +37,7 @@ async def a_process(
         "INTERLOCK_INFERENCE_METRICS_PORT": "0",
         "INTERLOCK_PROBE_INTERVAL_SECONDS": "0",
     }
+    env |= more
     if failpoint:
         env["INTERLOCK_FAILPOINT"] = f"inference.{failpoint}"
     process = await asyncio.create_subprocess_exec(

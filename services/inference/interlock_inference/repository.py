@@ -16,7 +16,7 @@ from interlock.errors import DataLoss, FailedPrecondition, InterlockError, Inval
 from interlock.stores import artifacts, modelspec
 from interlock.stores.artifacts import FileEntry, Manifest
 from interlock.stores.modelspec import ModelSpec, TensorSpec
-from interlock_inference.engines import Engine, EngineOptions, Signature
+from interlock_inference.engines import Engine, EngineOptions, Signature, onnx_file
 from interlock_inference.engines import onnx as onnx_engine
 
 Progress = Callable[[float, str], None]
@@ -63,6 +63,8 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
     model = path if path.is_file() else path / _model_file(path, manifest, spec)
     progress(40, f"loading {manifest.size_bytes} bytes")
     before = psutil.Process().memory_info().rss
+    if spec is None or spec.engine == "onnx":
+        onnx_file.check_references(model, _beside(manifest, model, path))
     engine = _loader(spec)(model, spec, options)
     grown = max(0, psutil.Process().memory_info().rss - before)
     if spec is not None:
@@ -108,6 +110,15 @@ def _loader(spec: ModelSpec | None) -> Callable[[Path, ModelSpec | None, EngineO
     return torch_engine.load
 
 
+def _beside(manifest: Manifest, model: Path, path: Path) -> frozenset[str]:
+    """The verified files, as the model file would name them; a bare file has none beside it."""
+    if model == path:
+        return frozenset()
+    folder = model.relative_to(path).parent.as_posix()
+    start = "" if folder == "." else f"{folder}/"
+    return frozenset(entry.path.removeprefix(start) for entry in manifest.files if entry.path.startswith(start))
+
+
 def gate_failed(subject: str, why: str) -> FailedPrecondition:
     """The refusal of a version that its own model.toml says fell short."""
     return FailedPrecondition(
@@ -127,17 +138,31 @@ def _verified(path: Path, expected_digest: str) -> tuple[Manifest, ModelSpec | N
         if path.is_file():
             return _bare(path, expected_digest), None
         manifest = artifacts.verify(path, expected_digest)
+        artifacts.check_complete(path, manifest)
         spec = modelspec.read_spec(path) if (path / modelspec.SPEC_FILE).exists() else None
         return manifest, spec
     except DataLoss as error:
         raise FailedPrecondition(error.message, reason=error.reason, field="digest", metadata=error.metadata) from None
     except (NotFound, InvalidArgument) as error:
+        metadata = {**error.metadata, "cause": error.reason, "field": error.field}
         raise FailedPrecondition(
-            error.message, reason="INVALID_ARTIFACT", field="artifact_uri", metadata=error.metadata
+            error.message, reason="INVALID_ARTIFACT", field="artifact_uri", metadata=metadata
+        ) from None
+    except OSError as error:
+        raise FailedPrecondition(
+            f"{path}: {error.strerror or error}",
+            reason="INVALID_ARTIFACT",
+            field="artifact_uri",
+            metadata={"path": str(path)},
         ) from None
 
 
 def _bare(path: Path, expected_digest: str) -> Manifest:
+    if path.suffix != ".onnx":
+        raise InvalidArgument(
+            f"{path}: a single file must be an .onnx model; anything else comes as a version folder",
+            reason="NOT_A_MODEL",
+        )
     size_bytes, digest = artifacts.hash_file(path)
     manifest = Manifest((FileEntry("model.onnx", size_bytes, digest),))
     if expected_digest and manifest.digest != expected_digest:

@@ -23,6 +23,8 @@ from interlock.errors import DataLoss, InvalidArgument, NotFound
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
+MANIFEST_BYTES_MAX = 64 << 20
+_CONTROL = frozenset(map(chr, (*range(32), 127)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def scan(folder: Path) -> tuple[FileEntry, ...]:
             continue
         relative = path.relative_to(folder).as_posix()
         if relative != MANIFEST_FILE:
-            _plain(path, relative)
+            check_plain(path, relative)
             size_bytes, digest = hash_file(path)
             entries.append(FileEntry(relative, size_bytes, digest))
     return tuple(entries)
@@ -97,7 +99,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest as written; the files are not looked at.
+    """The manifest as written; the files are not looked at. Whatever its bytes are, it is read or refused.
 
     Raises:
         NotFound: `MANIFEST_MISSING`.
@@ -105,6 +107,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
+        if path.stat().st_size > MANIFEST_BYTES_MAX or not path.is_file():
+            raise ValueError(f"more than {MANIFEST_BYTES_MAX} bytes, or no plain file")
         body = json.loads(path.read_bytes())
         files = tuple(FileEntry(str(f["path"]), int(f["size_bytes"]), str(f["blake3"])) for f in body["files"])
         manifest = Manifest(files, dict(body.get("metadata", {})))
@@ -115,9 +119,9 @@ def read_manifest(folder: Path) -> Manifest:
             reason="MANIFEST_MISSING",
             metadata={"path": str(path)},
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataLoss(
-            f"{path}: not a manifest: {error!r}", reason="MANIFEST_CORRUPT", metadata={"path": str(path)}
+            f"{path}: not a manifest: {str(error)[:300]}", reason="MANIFEST_CORRUPT", metadata={"path": str(path)}
         ) from None
     if written != (FORMAT, manifest.digest):
         raise DataLoss(
@@ -127,7 +131,27 @@ def read_manifest(folder: Path) -> Manifest:
         )
     for entry in files:
         check_relative(entry.path, path)
+    if len({entry.path for entry in files}) < len(files):
+        raise DataLoss(f"{path}: a file is listed twice", reason="MANIFEST_CORRUPT", metadata={"path": str(path)})
     return manifest
+
+
+def check_complete(folder: Path, manifest: Manifest) -> None:
+    """Refuses a folder in which more lies than its manifest says: nobody has vouched for the rest.
+
+    Raises:
+        InvalidArgument: `NOT_IN_MANIFEST`.
+    """
+    listed = {entry.path for entry in manifest.files} | {MANIFEST_FILE}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder).as_posix()
+        if relative not in listed and (path.is_symlink() or not path.is_dir()):
+            raise InvalidArgument(
+                f"{path}: lies in the folder and is not in its manifest",
+                reason="NOT_IN_MANIFEST",
+                field=relative,
+                metadata={"path": str(path)},
+            )
 
 
 def verify(folder: Path, expected_digest: str = "") -> Manifest:
@@ -154,7 +178,7 @@ def _verify_file(folder: Path, entry: FileEntry) -> None:
         raise NotFound(
             f"{path}: listed in the manifest and not there", reason="FILE_MISSING", metadata={"path": str(path)}
         )
-    _plain(path, entry.path)
+    check_plain(path, entry.path)
     size_bytes, digest = hash_file(path)
     if (size_bytes, digest) != (entry.size_bytes, entry.blake3):
         raise DataLoss(
@@ -178,8 +202,10 @@ def write_durably(path: Path, body: bytes) -> None:
         os.close(handle)
 
 
-def _plain(path: Path, relative: str) -> None:
-    if path.is_symlink() or not path.is_file():
+def check_plain(path: Path, relative: str) -> None:
+    """Holds a file of a folder to be one: no link on the way below the folder, no device, no pipe. Raises InvalidArgument `NOT_A_PLAIN_FILE`."""
+    depth = len(PurePosixPath(relative).parts)
+    if any(part.is_symlink() for part in (path, *list(path.parents)[: depth - 1])) or not path.is_file():
         raise InvalidArgument(
             f"{path}: only plain files may stand in an artifact folder",
             reason="NOT_A_PLAIN_FILE",
@@ -191,7 +217,7 @@ def _plain(path: Path, relative: str) -> None:
 def check_relative(value: str, where: Path) -> None:
     """Holds a path named in a file to the folder. Raises InvalidArgument `PATH_OUTSIDE_FOLDER`; `where` is the file that names it."""
     parts = PurePosixPath(value).parts
-    if not value or value.startswith("/") or ".." in parts or "\\" in value or "\0" in value:
+    if not parts or value.startswith("/") or ".." in parts or "\\" in value or _CONTROL & set(value):
         raise InvalidArgument(
             f"{where}: {value!r} does not stay inside the folder",
             reason="PATH_OUTSIDE_FOLDER",

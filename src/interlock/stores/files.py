@@ -124,11 +124,7 @@ class ModelRepository:
         for entry in manifest.files:
             target = scratch / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if (source / entry.path).is_symlink():
-                raise InvalidArgument(
-                    f"{source / entry.path}: only plain files may stand in an artifact folder",
-                    reason="NOT_A_PLAIN_FILE",
-                )
+            artifacts.check_plain(source / entry.path, entry.path)
             shutil.copyfile(source / entry.path, target)
         shutil.copyfile(source / artifacts.MANIFEST_FILE, scratch / artifacts.MANIFEST_FILE)
         return artifacts.verify(scratch)

@@ -21,6 +21,8 @@ from interlock.errors import InvalidArgument, NotFound
 from interlock.stores.artifacts import check_relative, write_durably
 
 SPEC_FILE = "model.toml"
+SPEC_BYTES_MAX = 1 << 20
+DIM_MAX = 2**31 - 1
 ENGINES: Mapping[str, str] = {"onnx": "model.onnx", "torch": "model.safetensors"}
 """Engine -> the model file of a version that names none."""
 DATATYPES = (
@@ -158,6 +160,8 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     path = folder / SPEC_FILE
     try:
+        if path.stat().st_size > SPEC_BYTES_MAX:
+            raise _invalid("", f"{path}: more than {SPEC_BYTES_MAX} bytes")
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise NotFound(
@@ -165,8 +169,11 @@ def read_spec(folder: Path) -> ModelSpec:
             reason="MODEL_SPEC_MISSING",
             metadata={"path": str(path)},
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _invalid("", f"{path}: not TOML: {error}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # TOMLDecodeError, UnicodeDecodeError, a number of more digits than Python reads
+        raise _invalid("", f"{path}: not TOML: {str(error)[:300]}") from None
     return parse_spec(table)
 
 
@@ -391,7 +398,12 @@ def _parse_tensors(table: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]
     rows = table.get(key)
     if not isinstance(rows, list) or not rows:
         raise _invalid(key, f"model.toml: {key}: at least one [[{key}]] with name, datatype and shape is needed")
-    return tuple(_parse_tensor(row, f"{key}[{index}]") for index, row in enumerate(rows))
+    tensors = tuple(_parse_tensor(row, f"{key}[{index}]") for index, row in enumerate(rows))
+    names = [tensor.name for tensor in tensors]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise _invalid(f"{key}[{index}].name", f"model.toml: {key}[{index}].name: {name!r} stands there twice")
+    return tensors
 
 
 def _parse_tensor(row: Any, where: str) -> TensorSpec:
@@ -403,11 +415,14 @@ def _parse_tensor(row: Any, where: str) -> TensorSpec:
             f"model.toml: {where}.datatype: {row['datatype']!r} is not one of {', '.join(DATATYPES)}",
         )
     shape = row["shape"]
-    if not isinstance(shape, list) or not all(type(dim) is int and dim >= -1 for dim in shape):
+    if not isinstance(shape, list) or not all(type(dim) is int and -1 <= dim <= DIM_MAX for dim in shape):
         raise _invalid(
-            f"{where}.shape", f"model.toml: {where}.shape: {shape!r} is not a list of whole numbers from -1 up"
+            f"{where}.shape",
+            f"model.toml: {where}.shape: {str(shape)[:200]} is not a list of whole numbers from -1 to {DIM_MAX}",
         )
-    return TensorSpec(str(row["name"]), row["datatype"], tuple(shape))
+    if not isinstance(row["name"], str) or not row["name"]:
+        raise _invalid(f"{where}.name", f"model.toml: {where}.name: a name is needed")
+    return TensorSpec(row["name"], row["datatype"], tuple(shape))
 
 
 def _parse_flat(table: Mapping[str, Any], key: str) -> dict[str, str | int | float | bool]:

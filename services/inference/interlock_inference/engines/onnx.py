@@ -77,15 +77,34 @@ def load(path: Path, spec: ModelSpec | None, options: EngineOptions) -> Engine:
     own = spec.engine_options if spec is not None else {}
     asked, wanted = _providers(own, options)
     _check_providers(asked, wanted)
-    details = [own.get("provider_options", {}).get(name, {}) for name in wanted]
     try:
-        session = ort.InferenceSession(
-            str(path), _session_options(own, options), providers=wanted, provider_options=details
-        )
+        session = _session(path, own, options, wanted)
+        signature = _signature(path, session)
+    except InterlockError:
+        raise
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base but Exception; all mean that this file can't be served
         raise _load_error(path, error) from None
     _check_providers(asked, session.get_providers())
-    return _OnnxEngine(session, _signature(path, session))
+    return _OnnxEngine(session, signature)
+
+
+def _session(path: Path, own: Mapping[str, Any], options: EngineOptions, wanted: list[str]) -> ort.InferenceSession:
+    """With the best provider that can be started: a library that is missing shows only here. The runtime's own way back is off, it prints."""
+    details = [own.get("provider_options", {}).get(name, {}) for name in wanted]
+    try:
+        return ort.InferenceSession(
+            str(path),
+            _session_options(own, options),
+            providers=wanted,
+            provider_options=details,
+            enable_fallback=0,
+            read_config_from_model=0,
+        )
+    except Exception as error:
+        if len(wanted) < 2:
+            raise
+        _log.warning("provider_dropped", provider=wanted[0], problem=_clean(error))
+        return _session(path, own, options, wanted[1:])
 
 
 def _providers(own: Mapping[str, Any], options: EngineOptions) -> tuple[list[str], list[str]]:
