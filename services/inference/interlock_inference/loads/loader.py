@@ -126,7 +126,7 @@ class Loader:
         path = repository.parse_uri(slot.artifact_uri)
         async with self._turn:
             seen = await loop.run_in_executor(self._beside, repository.glance, path)
-            order = replace(self._order(slot.version, path, slot.digest, seen), idle=False)
+            order = replace(self._order(slot.version, path, slot.digest, seen), idle=False)  # its callers wait
             child, _ = await loop.run_in_executor(self._beside, self._try, order, Hold(), _silent)
             engine.adopt(child)
 
@@ -142,7 +142,10 @@ class Loader:
     def _is_tried(self, slot: Slot) -> bool:
         if self._history.is_doubtful(slot.name):
             return True
-        return self._policy.tries and any(other.state in ANSWERS for other in self._registry.all_slots())
+        return self._policy.tries and self._serves()
+
+    def _serves(self) -> bool:
+        return any(slot.state in ANSWERS for slot in self._registry.all_slots())
 
     @asynccontextmanager
     async def _paced(self, hold: Hold, told: Told) -> AsyncIterator[None]:
@@ -168,7 +171,7 @@ class Loader:
             options=policy.options,
             memory_bytes=free + seen.size_bytes + ADDRESS_SLACK_BYTES,
             cpu_seconds=int(policy.timeout_seconds),
-            idle=self._num_threads(seen) == 1 or not self._stays(seen),
+            idle=self._serves() and (self._num_threads(seen) == 1 or not self._stays(seen)),
             channels=max(policy.channels, seen.spec.instances + 1 if seen.spec is not None else 0),
         )
 
