@@ -1,6 +1,7 @@
 """From `interlock up` on a cold machine state to the first answered prediction, and what each room weighs. Prints a table; `--json` all of it.
 
-    python bench/cold_start.py --runs 5
+    python bench/cold_start.py --runs 5             all rooms, first answer over HTTP through the gateway
+    python bench/cold_start.py --runs 5 --replica   the inference process alone, first answer over gRPC
 
 Each run starts all rooms with a state folder that already holds a served version, as after a restart of the machine, and asks the gateway
 over HTTP until it answers. Peak memory is the resident set of each room's process when the answer came.
@@ -9,6 +10,7 @@ over HTTP until it answers. Peak memory is the resident set of each room's proce
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -23,9 +25,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 from onnx import TensorProto, helper, numpy_helper
+
+from interlock.api.oip import messages, rpc
 
 ROOMS = ("inference", "controller", "trainer", "gateway")
 PORTS = ("INFERENCE", "INFERENCE_METRICS", "TRAINER", "TRAINER_METRICS", "CONTROLLER", "CONTROLLER_METRICS", "GATEWAY")
@@ -98,25 +103,71 @@ def run(env: dict[str, str], prepare: bytes | None = None) -> tuple[float, dict[
         process.wait(60)
 
 
+def predict(channel: grpc.Channel) -> None:
+    """One prediction over gRPC, or RpcError."""
+    tensor = messages.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 16])
+    request = messages.ModelInferRequest(model_name="mlp", inputs=[tensor], raw_input_contents=[bytes(64)])
+    method = f"/{rpc.SERVICE_NAME}/ModelInfer"
+    call = channel.unary_unary(
+        method, messages.ModelInferRequest.SerializeToString, messages.ModelInferResponse.FromString
+    )
+    call(request, timeout=5)
+
+
+def assign(home: Path, port: str) -> None:
+    """The state of a replica that serves the model, as it writes it itself."""
+    version = {"artifact_uri": str(home / "model.onnx"), "digest": "", "origin": {}}
+    route = {"epoch": 1, "weights": {"1": 1}, "stable_version": "", "updated_at": 0.0, "versions": {"1": version}}
+    body = {"format": 1, "fencing_token": 1, "models": {"mlp": route}}
+    (home / f"replica-{port}.json").write_text(json.dumps(body))
+
+
+def run_replica(env: dict[str, str]) -> tuple[float, dict[str, float]]:
+    """The same for the inference process alone."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "interlock_inference"], env=env, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            with (
+                contextlib.suppress(grpc.RpcError),
+                grpc.insecure_channel(f"127.0.0.1:{env['INTERLOCK_INFERENCE_PORT']}") as channel,
+            ):
+                predict(channel)
+                break
+            if process.poll() is not None or time.perf_counter() - start > 60:
+                sys.exit("the replica gave no answer")
+            time.sleep(0.005)
+        seconds = time.perf_counter() - start
+        return seconds, {"inference": psutil.Process(process.pid).memory_info().rss / 2**20}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
 def main() -> None:
     """Prints medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--replica", action="store_true", help="the inference process alone")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="interlock-cold-"))
     (home / "model.onnx").write_bytes(model())
     env = environment(home)
-    run(env, json.dumps({"model": "mlp", "model_path": str(home / "model.onnx")}).encode())
-    rows = [run(env) for _ in range(arguments.runs)]
+    if arguments.replica:
+        assign(home, env["INTERLOCK_INFERENCE_PORT"])
+        rows = [run_replica(env) for _ in range(arguments.runs)]
+    else:
+        run(env, json.dumps({"model": "mlp", "model_path": str(home / "model.onnx")}).encode())
+        rows = [run(env) for _ in range(arguments.runs)]
     shutil.rmtree(home, ignore_errors=True)
     seconds = sorted(row[0] for row in rows)
-    memory = {room: statistics.median(row[1].get(room, 0.0) for row in rows) for room in ROOMS}
+    memory = {room: statistics.median(row[1][room] for row in rows) for room in ROOMS if room in rows[0][1]}
     if arguments.json:
         print(json.dumps({"seconds": seconds, "memory_mib": memory}, indent=1))
         return
     print(
-        f"interlock up -> first answered prediction: median {statistics.median(seconds):.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}, {len(seconds)} runs)"
+        f"{'interlock_inference' if arguments.replica else 'interlock up'} -> first answered prediction: median {statistics.median(seconds):.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}, {len(seconds)} runs)"
     )
     for room, mib in memory.items():
         print(f"{room:<12} {mib:6.0f} MiB resident")

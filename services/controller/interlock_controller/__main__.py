@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interlock.runtime.lean  # noqa: F401  first of all
+
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack

@@ -7,6 +7,7 @@ telemetry -> close stores. Watches are ended by us: an open stream would otherwi
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import signal
@@ -240,7 +241,12 @@ def _mistakes(error: BaseException) -> list[str] | None:
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
-    """Runs a room's `main` under uvloop; returns the process's exit code: 2, and one line, for what a restart would not mend."""
+    """Runs a room's `main` under uvloop; returns the process's exit code: 2, and one line, for what a restart would not mend.
+
+    What was imported lives as long as the process: no collection looks at it again (a full one took 25 ms, in the middle of requests).
+    """
+    gc.freeze()
+    gc.enable()
     try:
         uvloop.run(main())
     except BaseException as error:

@@ -9,22 +9,19 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from interlock.runtime.fields import Field, Group
 
 PREFIX = "INTERLOCK_"
 OTHER_NAMES = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_API_KEY", "INTERLOCK_FAILPOINT", "INTERLOCK_SIM_SEEDS"})
 """Variables that are read elsewhere: the file's place, the command line's key, fault injection, the simulator's test volume."""
 
 
-class _Room(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class InferenceSettings(_Room):
+class InferenceSettings(Group):
     """One replica."""
 
     port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 takes a free one")
@@ -91,7 +88,7 @@ class InferenceSettings(_Room):
         return bool(self.repository or self.models)
 
 
-class TrainerSettings(_Room):
+class TrainerSettings(Group):
     """The trainer service."""
 
     port: int = Field(8002, ge=0, le=65535, description="gRPC port; 0 takes a free one")
@@ -102,7 +99,7 @@ class TrainerSettings(_Room):
     child_threads: int = Field(1, ge=1, le=256, description="torch threads of a run's process")
 
 
-class ControllerSettings(_Room):
+class ControllerSettings(Group):
     """The controller."""
 
     port: int = Field(8003, ge=0, le=65535, description="gRPC port; 0 takes a free one")
@@ -113,7 +110,7 @@ class ControllerSettings(_Room):
     tick_seconds: float = Field(0.5, gt=0, description="longest time between two looks at the world")
 
 
-class GatewaySettings(_Room):
+class GatewaySettings(Group):
     """The HTTP gateway."""
 
     inline: bool = Field(False, description="a replica in the gateway's own process, asked without a hop")
@@ -131,17 +128,8 @@ class GatewaySettings(_Room):
     )
 
 
-class Settings(BaseSettings):
+class Settings(Group):
     """Everything that can be configured."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_nested_delimiter="_",
-        env_nested_max_split=1,
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-    )
 
     home: Path = Field(Path(".interlock"), description="state folder: databases, runs, models, logs, keys")
     host: str = Field("127.0.0.1", description="address every room listens on")
@@ -179,18 +167,6 @@ class Settings(BaseSettings):
         """The file of API keys; keys are required when it exists."""
         return self.home / "keys.toml"
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments win over the environment, the environment over the file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_path())
-
 
 def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  a wildcard is not an address to call
@@ -211,41 +187,60 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _known_names() -> set[str]:
-    names = set(OTHER_NAMES)
-    for name, field in Settings.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            names |= {f"{PREFIX}{name}_{inner}".upper() for inner in nested.model_fields}
-        names.add(f"{PREFIX}{name}".upper())
-    return names
+def _variables() -> dict[str, tuple[str, ...]]:
+    """Environment variable -> the setting's place."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, kind in Settings.types.items():
+        inner = kind.fields if isinstance(kind, type) and issubclass(kind, Group) else {}
+        places: list[tuple[str, ...]] = [(name, each) for each in inner] or [(name,)]
+        for place in places:
+            found[f"{PREFIX}{'_'.join(place)}".upper()] = place
+    return found
 
 
-def _refuse_unknown_environment() -> None:
-    # pydantic-settings accepts a misspelt variable in silence, even with extra="forbid" (measured).
-    known = _known_names()
+def _environment() -> dict[str, Any]:
+    """What the environment says. Raises ValueError for a name that is not a setting's."""
+    variables, said = _variables(), dict[str, Any]()
     for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name in variables:
+            *group, last = variables[name]
+            (said.setdefault(group[0], {}) if group else said)[last] = os.environ[name]
+        elif name.startswith(PREFIX) and name not in OTHER_NAMES:
+            close = difflib.get_close_matches(name, {*variables, *OTHER_NAMES}, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"environment variable {name} is not a setting{hint} (`interlock config` lists all)")
+    return said
 
 
-def load(**overrides: object) -> Settings:
-    """Reads file and environment.
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two sources as one: the upper wins, field by field of a group."""
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        if isinstance(under, Mapping) and isinstance(value, Mapping):
+            merged[name] = {**under, **value}
+        else:
+            merged[name] = value
+    return merged
+
+
+def load(**overrides: Any) -> Settings:
+    """Reads file and environment; arguments win over the environment, the environment over the file.
 
     Raises:
         ValueError: one line per mistake, each naming the setting.
     """
-    _refuse_unknown_environment()
-    path = config_path()
+    said, path = _environment(), config_path()
     if "INTERLOCK_CONFIG" in os.environ and not path.is_file():
         raise ValueError(f"INTERLOCK_CONFIG names {path}, which is not a file")
     try:
-        return Settings(**overrides)  # type: ignore[arg-type]
-    except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise ValueError("invalid settings: " + "; ".join(lines)) from error
+        written = tomllib.loads(path.read_text()) if path.is_file() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    try:
+        return Settings(**_over(_over(written, said), overrides))
+    except ValueError as error:
+        raise ValueError(f"invalid settings: {error}") from None
 
 
 def refuse_exposed(settings: Settings) -> None:

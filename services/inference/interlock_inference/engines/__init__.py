@@ -6,6 +6,7 @@ name and nothing of requests, routes or versions.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,19 +85,26 @@ class Engine(Protocol):
 def made_up_inputs(signature: Signature, rows: int = 1, seed: int = 0) -> dict[str, Array]:
     """Inputs that fit a signature: `rows` along the first free dimension of each tensor, 1 along the others.
 
-    Floats are standard normal from `seed`; whole numbers are 0, which is a valid index wherever indices are meant; BYTES are empty.
+    Floats are spread like a standard normal, from `seed`; whole numbers are 0, which is a valid index wherever indices are meant; BYTES are empty.
     """
-    random = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for spec in signature.inputs:
         shape = tuple(_free(dim, position, rows) for position, dim in enumerate(spec.shape))
         if spec.datatype in ("FP16", "FP32", "FP64"):
-            made[spec.name] = random.standard_normal(shape).astype(NUMPY_TYPES[spec.datatype])
+            made[spec.name] = _normal(shape, seed + len(made)).astype(NUMPY_TYPES[spec.datatype])
         elif spec.datatype == "BYTES":
             made[spec.name] = np.full(shape, b"", dtype=object)
         else:
             made[spec.name] = np.zeros(shape, NUMPY_TYPES[spec.datatype])
     return made
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> Array:
+    """Box and Muller over a sequence that fills the unit square evenly. (numpy.random would be 10 ms and 3 MB of a start.)"""
+    index = np.arange(1, math.prod(shape) + 1) + 7919.0 * seed
+    first, second = (index * share % 1.0 for share in (0.7548776662466927, 0.5698402909980532))  # of the plastic number
+    flat: Array = np.sqrt(-2.0 * np.log1p(-first)) * np.cos(2.0 * np.pi * second)
+    return flat.reshape(shape)
 
 
 def _free(dim: int, position: int, rows: int) -> int:

@@ -11,6 +11,7 @@ Rules of this file
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -42,11 +43,14 @@ class _Work:
         """In a thread of its own: reports the loaded version, or why it can't be."""
         if self._order["idle"]:
             _step_back()
+        import interlock.runtime.lean  # noqa: F401  first of all
         from interlock.errors import InterlockError, Internal
         from interlock_inference.loads import wire
 
         try:
             report = self._load()
+            gc.freeze()
+            gc.enable()
         except InterlockError as error:
             wire.send(self._control, {"error": wire.error_message(error)})
         except MemoryError:

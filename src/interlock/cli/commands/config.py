@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from pydantic import BaseModel
 
 from interlock.cli import console
 from interlock.runtime import settings as settings_module
 from interlock.runtime import terminal
+from interlock.runtime.fields import Group
 
 
-def _rows(model: BaseModel, prefix: str = "") -> list[tuple[str, str, Any, str]]:
+def _rows(group: Group, prefix: str = "") -> list[tuple[str, str, Any, str]]:
     rows = []
-    for name, field in type(model).model_fields.items():
-        value = getattr(model, name)
-        if isinstance(value, BaseModel):
+    for name, field in group.fields.items():
+        value = getattr(group, name)
+        if isinstance(value, Group):
             rows += _rows(value, f"{name}.")
         else:
             variable = f"INTERLOCK_{prefix}{name}".replace(".", "_").upper()
-            rows.append((f"{prefix}{name}", variable, value, field.description or ""))
+            rows.append((f"{prefix}{name}", variable, value, field.description))
     return rows
 
 
