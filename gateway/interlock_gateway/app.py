@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from interlock.runtime import telemetry
 from interlock.runtime.access import Keys, Scope, require
 from interlock.runtime.settings import is_loopback
 from interlock_gateway import metrics, problems
-from interlock_gateway.predict import INFER_TEMPLATE, Answer, Predictor, is_infer, is_prediction
+from interlock_gateway.predict import INFER_TEMPLATE, Answer, Predictor, infer_route, is_prediction
 
 Scope_ = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -30,7 +29,6 @@ Asgi = Callable[[Scope_, Receive, Send], Awaitable[None]]
 Headers = Mapping[bytes, bytes]
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_getrandbits = random.Random().getrandbits  # noqa: S311  ids, not secrets
 _log = structlog.get_logger(__name__)
 
 
@@ -67,12 +65,12 @@ class _Ids:
 
 
 def _ids(headers: Headers) -> _Ids:
-    given = headers.get(b"x-request-id")
-    request_id = given.decode("latin-1")[:128] if given else f"{_getrandbits(64):016x}"
-    caller = headers.get(b"traceparent")
+    caller, traceparent = headers.get(b"traceparent"), ""
     if caller is not None and telemetry.trace_id_of(text := caller.decode("latin-1")):
-        return _Ids(request_id, text)
-    return _Ids(request_id, telemetry.new_traceparent())
+        traceparent = text
+    traceparent = traceparent or telemetry.new_traceparent()
+    given = headers.get(b"x-request-id")
+    return _Ids(given.decode("latin-1")[:128] if given else traceparent[36:52], traceparent)
 
 
 class Gateway:
@@ -107,7 +105,7 @@ class Gateway:
 
     def is_short(self, path: str, headers: Headers) -> bool:
         """True for a prediction that nobody traces: it needs no span, and may go without a task."""
-        if not is_infer(path) or telemetry.exporting():
+        if infer_route(path) is None or telemetry.exporting():
             return False
         return b"traceparent" not in headers or not telemetry.is_sampled(headers[b"traceparent"].decode("latin-1"))
 
@@ -152,7 +150,7 @@ class Gateway:
         return self._counted(path, time.perf_counter() - self.receive_seconds, 0, self._problem(error, path, _ids({})))
 
     def _counted(self, path: str, start: float, num_bytes: int, reply: Reply) -> Reply:
-        endpoint = INFER_TEMPLATE if is_infer(path) else "unknown"
+        endpoint = INFER_TEMPLATE if infer_route(path) else "unknown"
         metrics.observe(endpoint, "POST", reply.status, time.perf_counter() - start, num_bytes, len(reply.body))
         return reply
 
@@ -194,7 +192,7 @@ class Gateway:
             self._check_host(headers)
             self._check_size(int(headers.get(b"content-length", b"0")))
             if is_prediction(scope["method"], path):
-                scope["endpoint_template"] = INFER_TEMPLATE if is_infer(path) else path
+                scope["endpoint_template"] = INFER_TEMPLATE if infer_route(path) else path
                 await self._predict(scope, headers, ids, receive, send)
             else:
                 with structlog.contextvars.bound_contextvars(request_id=ids.request_id), _span(scope, headers, ids):

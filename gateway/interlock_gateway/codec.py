@@ -8,6 +8,8 @@ cannot be written down is refused.
 from __future__ import annotations
 
 import math
+import sys
+from array import array as array_of
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,8 @@ ALL: Mapping[str, bool] = {"": False}
 """No output is wanted as binary data."""
 _ALLOWED = {"b": "b", "i": "biu", "u": "biu", "f": "iuf"}
 """Kind of a datatype to the kinds that JSON elements for it may have."""
+_FLOATS = {"FP32": "f", "FP64": "d"} if sys.byteorder == "little" else {}
+_NUMBERS = frozenset({float, int})
 _OWN_PARAMETERS = frozenset({"binary_data_output"})
 _RAW_INPUT, _RAW_OUTPUT = b"\x3a", 0x32
 """Tags of `raw_input_contents` (7) and `raw_output_contents` (6), length-delimited."""
@@ -179,6 +183,8 @@ def to_array(data: Any, datatype: str, where: str) -> Array:
     """JSON elements as an array of the datatype; ragged lists, other types and values out of range are refused."""
     if datatype == "BYTES":
         return _text_array(data, where)
+    if datatype in _FLOATS and type(data) is list and _NUMBERS.issuperset(map(type, data)):
+        return np.frombuffer(array_of(_FLOATS[datatype], data), NUMPY_TYPES[datatype])
     try:
         array = np.array(data)
     except ValueError as error:

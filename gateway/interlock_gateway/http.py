@@ -63,6 +63,7 @@ class Protocol(HttpToolsProtocol):
     _predicting: _Prediction | None = None
     _receiving = False
     _timer: asyncio.TimerHandle | None = None
+    _heard_at = 0.0
 
     # --- receiving ---
 
@@ -143,17 +144,16 @@ class Protocol(HttpToolsProtocol):
     # --- answering ---
 
     def _reply(self, cycle: _Prediction, reply: Reply) -> None:
-        head = [STATUS_LINE[reply.status]]
-        for name, value in (*self.server_state.default_headers, *reply.headers):
-            head += (name, b": ", value, b"\r\n")
-        closing = b"" if cycle.keep_alive else b"connection: close\r\n"
-        head.append(b"%bcontent-length: %d\r\n\r\n" % (closing, len(reply.body)))
-        if len(reply.body) <= ONE_WRITE_BYTES:
-            head.append(reply.body)
-            self.transport.write(b"".join(head))
+        lines = [b"%b: %b\r\n" % pair for pair in (*self.server_state.default_headers, *reply.headers)]
+        if not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        length, body = len(reply.body), reply.body
+        head = b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[reply.status], b"".join(lines), length)
+        if length <= ONE_WRITE_BYTES:
+            self.transport.write(head + body)
         else:
-            self.transport.write(b"".join(head))
-            self.transport.write(reply.body)
+            self.transport.write(head)
+            self.transport.write(body)
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
@@ -163,6 +163,37 @@ class Protocol(HttpToolsProtocol):
         """Answers before the request was read, and hangs up: what is left of it is not worth reading."""
         self.cycle.keep_alive = False
         self._reply(self.cycle, reply)
+
+    # --- keeping alive: uvicorn starts and stops a timer per request; here one looks from time to time whether anything happened ---
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._heard_at = self.loop.time()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but for the timer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self._heard_at = self.loop.time()
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self.timeout_keep_alive_task is None:
+            self._keep_alive_for(self.timeout_keep_alive)
+
+    def _keep_alive_for(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection on which nothing has happened."""
+        self.timeout_keep_alive_task = None
+        if self.transport.is_closing() or self._receiving or not self.cycle.response_complete:
+            return  # the end of what goes on starts it again
+        left = self._heard_at + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._keep_alive_for(left)
+        else:
+            self.transport.close()
 
     # --- ends ---
 
@@ -183,6 +214,8 @@ class Protocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         if self._predicting is not None and self._predicting.task is not None:
             self.loop.call_soon(self._predicting.task.cancel)
         super().connection_lost(exc)

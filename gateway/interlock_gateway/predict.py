@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -57,13 +58,13 @@ class Predictor:
 
     def begin(self, path: str, headers: Headers, body: bytes, traceparent: str) -> Answer | Coroutine[Any, Any, Answer]:
         """Answers at once if it can, else returns what to await, which must be started. Raises InterlockError."""
-        match = INFER_PATH.fullmatch(path)
-        if match is None:
+        route = infer_route(path)
+        if route is None:
             return self._predict(headers, body, traceparent)
         length = headers.get(BINARY_LENGTH)
         if length is not None and not length.isdigit():
             raise codec.invalid("Inference-Header-Content-Length", f"{length[:20]!r} is not a number")
-        request, wanted = codec.infer_request(match[1], match[2] or "", body, int(length) if length else None)
+        request, wanted = codec.infer_request(*route, body, int(length) if length else None)
         begun = self._answerer.begin(request, _timeout(headers, self._timeout), traceparent)
         if isinstance(begun, InferAnswer):
             return _infer_answer(begun, wanted, traceparent)
@@ -176,14 +177,21 @@ def _tensor(name: str, data: Any, signature: Any) -> Tensor:
 
 
 def _identity(parameters: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode(), str(value).encode()) for name, value in parameters.items() if name.startswith(IDENTITY)]
+    return _identity_headers(tuple(parameters.items()))
 
 
-def is_infer(path: str) -> bool:
-    """True for the protocol's own prediction route."""
-    return path.startswith("/v2/models/") and INFER_PATH.fullmatch(path) is not None
+@lru_cache(256)  # a version's answers all carry the same
+def _identity_headers(parameters: tuple[tuple[str, Any], ...]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), str(value).encode()) for name, value in parameters if name.startswith(IDENTITY)]
+
+
+@lru_cache(1024)
+def infer_route(path: str) -> tuple[str, str] | None:
+    """(model, version or "") of the protocol's own prediction route; None for another path."""
+    match = INFER_PATH.fullmatch(path)
+    return None if match is None else (match[1], match[2] or "")
 
 
 def is_prediction(method: str, path: str) -> bool:
     """True for the routes that this module answers."""
-    return method == "POST" and (path == "/predict" or is_infer(path))
+    return method == "POST" and (path == "/predict" or infer_route(path) is not None)

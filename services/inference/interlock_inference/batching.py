@@ -17,7 +17,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import structlog
@@ -36,8 +36,7 @@ RELAX = 0.98  # per batch that an estimate kept small: a stall that was measured
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(NamedTuple):
     """What a request gets: when its run began and ended (perf_counter_ns; ended 0 means now), and its outputs.
 
     `batched` says that it went through a lane, where the run is counted once for all its requests.

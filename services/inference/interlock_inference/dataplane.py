@@ -11,8 +11,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from interlock.errors import InterlockError, InvalidArgument
 from interlock_inference.batching import Ran, Run, expired, queue_full
@@ -42,8 +41,7 @@ class Call(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """The outputs in the order of `names`, and who answered."""
 
     slot: Slot
@@ -153,7 +151,9 @@ class DataPlane:
         warmup = slot.warmup
         if warmup is None:
             return False
-        elements = sum(array.size for array in inputs.values())
+        elements = 0
+        for array in inputs.values():
+            elements += array.size
         # behind the loop no queue forms, so a version that batches leaves it as soon as a hop costs less than the run
         limit = INLINE_SECONDS if slot.lane is None else warmup.hop_seconds
         return warmup.best_seconds * max(1.0, elements / warmup.best_elements) < limit
@@ -199,16 +199,9 @@ class DataPlane:
         if not ran.batched:
             stats.ran(rows, infer_ns)
             self._observer.ran(slot, rows)
-        stats.success.add(ended - start)
-        stats.queue.add(ran.began - decoded)
-        stats.compute_input.add(decoded - start)
-        stats.compute_infer.add(infer_ns)
-        stats.num_rows += rows
-        stats.last_at_ms = int(time.time_ns() // 1_000_000)
-        seconds = (ended - start) / 1e9
-        stats.latencies_seconds.append(seconds)
+        stats.answered(rows, ended - start, ran.began - decoded, decoded - start, infer_ns)
         self._recorder.offer(slot.model, inputs)
-        self._observer.finished(slot, seconds, None)
+        self._observer.finished(slot, (ended - start) / 1e9, None)
 
     def _count_batch(self, slot: Slot, run: Run) -> None:
         if slot.state is SlotState.STOPPED:

@@ -49,10 +49,9 @@ class _Call:
 
     def decode(self, slot: Slot) -> dict[str, Array]:
         """The inputs by name, checked against the slot's signature; views on the request's bytes where they came raw."""
-        opened, inputs = slot.opened, self._request.inputs
-        assert opened is not None, "a held slot keeps its engine"
-        described = [Described(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in inputs]
-        tensors.check_described(described, opened.engine.signature, slot.specs)
+        inputs = self._request.inputs
+        described = tuple([Described(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in inputs])
+        slot.check(described)
         return {
             tensor.name: tensor.data
             if isinstance(tensor.data, np.ndarray)

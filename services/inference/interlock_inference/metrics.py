@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from interlock.errors import InterlockError
+from interlock.runtime.tally import Distribution
 from interlock_inference.slots import Registry, Slot
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -17,82 +19,91 @@ LLM_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # REQUIREMENTS O1
 MODE = "tensor"
 
 
-class RequestMetrics:
+_FINE = tuple(sorted({*SECONDS, *LLM_SECONDS}))
+"""One distribution has the bounds of both metrics that are made of it."""
+
+
+class _Tally:
+    """The requests of one version, or of versions that are gone."""
+
+    __slots__ = ("codes", "reasons", "rows", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = Distribution(_FINE)
+        self.rows = Distribution(BATCH_ROWS)
+        self.codes: defaultdict[str, int] = defaultdict(int)
+        self.reasons: defaultdict[str, int] = defaultdict(int)
+
+    def take_in(self, other: _Tally) -> None:
+        """Adds what another one has counted."""
+        self.seconds.take_in(other.seconds)
+        for mine, theirs in ((self.codes, other.codes), (self.reasons, other.reasons)):
+            for name, count in list(theirs.items()):
+                mine[name] += count
+
+
+class RequestMetrics(Collector):
     """Counts every finished request: the documents' names (REQUIREMENTS O1) and our own per version.
 
     A trainer publishes versions without end, so a version's own series go when it is released; those per model stay.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._requests = Counter(
-            "interlock_infer_requests", "Requests by outcome.", ("model", "version", "code"), registry=registry
-        )
-        self._seconds = Histogram(
-            "interlock_infer_seconds",
-            "From admission to outputs.",
-            ("model", "version"),
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._rows = Histogram(
-            "interlock_infer_batch_rows",
-            "Rows per run of the engine.",
-            ("model", "version"),
-            buckets=BATCH_ROWS,
-            registry=registry,
-        )
-        self._llm_requests = Counter(
-            "llm_requests", "Requests by outcome.", ("model", "mode", "status"), registry=registry
-        )
-        self._llm_errors = Counter("llm_errors", "Failed requests.", ("model", "error_type"), registry=registry)
-        self._llm_seconds = Histogram(
-            "llm_inference_duration_seconds",
-            "Inference time.",
-            ("model", "mode"),
-            buckets=LLM_SECONDS,
-            registry=registry,
-        )
-        self._succeeded: dict[Slot, tuple[Counter, Counter, Histogram, Histogram]] = {}
-        self._batches: dict[Slot, Histogram] = {}
+        self._slots: defaultdict[Slot, _Tally] = defaultdict(_Tally)
+        self._gone: defaultdict[str, _Tally] = defaultdict(_Tally)
+        registry.register(self)
 
     def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
         """See `dataplane.Observer`."""
-        if error is not None:
-            self._requests.labels(slot.model, slot.version, error.kind).inc()
-            self._llm_requests.labels(slot.model, MODE, "error").inc()
-            self._llm_errors.labels(slot.model, error.reason).inc()
-            return
-        series = self._succeeded.get(slot) or self._first(slot)
-        series[0].inc()
-        series[1].inc()
-        series[2].observe(seconds)
-        series[3].observe(seconds)
-
-    def _first(self, slot: Slot) -> tuple[Counter, Counter, Histogram, Histogram]:
-        """labels() costs more than the increment: what a success adds is looked up once per slot."""
-        series = self._succeeded[slot] = (
-            self._requests.labels(slot.model, slot.version, "OK"),
-            self._llm_requests.labels(slot.model, MODE, "success"),
-            self._seconds.labels(slot.model, slot.version),
-            self._llm_seconds.labels(slot.model, MODE),
-        )
-        return series
+        tally = self._slots[slot]
+        if error is None:
+            tally.seconds.observe(seconds)
+        else:
+            tally.codes[error.kind] += 1
+            tally.reasons[error.reason] += 1
 
     def ran(self, slot: Slot, rows: int) -> None:
         """See `dataplane.Observer`."""
-        series = self._batches.get(slot)
-        if series is None:
-            series = self._batches[slot] = self._rows.labels(slot.model, slot.version)
-        series.observe(rows)
+        self._slots[slot].rows.observe(rows)
 
     def forget(self, slot: Slot) -> None:
         """Drops the series of a released version."""
-        self._succeeded.pop(slot, None)
-        self._batches.pop(slot, None)
-        labels = {"model": slot.model, "version": slot.version}
-        self._requests.remove_by_labels(labels)
-        self._seconds.remove_by_labels(labels)
-        self._rows.remove_by_labels(labels)
+        tally = self._slots.pop(slot, None)
+        if tally is not None:
+            self._gone[slot.model].take_in(tally)
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of now."""
+        labels = ("model", "version")
+        requests = CounterMetricFamily("interlock_infer_requests", "Requests by outcome.", labels=(*labels, "code"))
+        seconds = HistogramMetricFamily("interlock_infer_seconds", "From admission to outputs.", labels=labels)
+        rows = HistogramMetricFamily("interlock_infer_batch_rows", "Rows per run of the engine.", labels=labels)
+        models: defaultdict[str, _Tally] = defaultdict(_Tally)
+        for model, tally in list(self._gone.items()):
+            models[model].take_in(tally)
+        for slot, tally in list(self._slots.items()):
+            models[slot.model].take_in(tally)
+            outcomes = {"OK": tally.seconds.count, **tally.codes}
+            for code, count in outcomes.items():
+                if count:
+                    requests.add_metric((slot.model, slot.version, code), count)
+            tally.seconds.show(seconds, (slot.model, slot.version), SECONDS)
+            tally.rows.show(rows, (slot.model, slot.version))
+        yield from (requests, seconds, rows, *_of_models(models))
+
+
+def _of_models(models: Mapping[str, _Tally]) -> Iterator[Metric]:
+    requests = CounterMetricFamily("llm_requests", "Requests by outcome.", labels=("model", "mode", "status"))
+    errors = CounterMetricFamily("llm_errors", "Failed requests.", labels=("model", "error_type"))
+    seconds = HistogramMetricFamily("llm_inference_duration_seconds", "Inference time.", labels=("model", "mode"))
+    for model, tally in models.items():
+        for status, count in (("success", tally.seconds.count), ("error", sum(tally.codes.values()))):
+            if count:
+                requests.add_metric((model, MODE, status), count)
+        for reason, count in tally.reasons.items():
+            errors.add_metric((model, reason), count)
+        tally.seconds.show(seconds, (model, MODE), LLM_SECONDS)
+    yield from (requests, errors, seconds)
 
 
 class LoadMetrics:

@@ -25,8 +25,10 @@ from interlock.stores.modelspec import TensorSpec
 from interlock_inference.batching import Lane, lane_for
 from interlock_inference.repository import Opened
 from interlock_inference.stats import VersionStats
+from interlock_inference.tensors import Described, check_described
 
 RETRY_SECONDS = 0.1
+FITTING_MAX = 256  # shapes of requests that are remembered per version
 
 
 class SlotState(StrEnum):
@@ -136,6 +138,7 @@ class Slot:
     threads: ThreadPoolExecutor | None = None
     name: str = field(init=False)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
+    _fitting: set[tuple[Described, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.name = version_name(self.model, self.version)
@@ -180,6 +183,15 @@ class Slot:
         instances = opened.spec.instances if opened.spec is not None else 0
         self.threads = ThreadPoolExecutor(instances, f"infer-{self.name}") if instances else None
         self.move(SlotState.WARMING_UP)
+
+    def check(self, described: tuple[Described, ...]) -> None:
+        """Holds a request's tensors to the signature; what fitted once is not looked at again. Raises InvalidArgument `INVALID_TENSOR`."""
+        if described in self._fitting:
+            return
+        assert self.opened is not None, "a held slot keeps its engine"
+        check_described(described, self.opened.engine.signature, self.specs)
+        if len(self._fitting) < FITTING_MAX:
+            self._fitting.add(described)
 
     def fail(self, reason: str) -> None:
         """Ends a load or a warm-up that went wrong."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -56,9 +57,28 @@ class VersionStats:
         batch = self.batches.get(size)
         if batch is None:
             batch = self.batches[size] = BatchStats()
-        batch.compute_input.add(input_ns)
-        batch.compute_infer.add(infer_ns)
-        batch.compute_output.add(output_ns)
+        infer = batch.compute_infer
+        infer.count += 1
+        infer.ns += infer_ns
+        if input_ns or output_ns:
+            batch.compute_input.ns += input_ns
+            batch.compute_output.ns += output_ns
+        batch.compute_input.count = batch.compute_output.count = infer.count
+
+    def answered(self, rows: int, total_ns: int, queue_ns: int, input_ns: int, infer_ns: int) -> None:
+        """Counts one answered request and where its time went."""
+        count = self.success.count + 1
+        for timer, ns in (
+            (self.success, total_ns),
+            (self.queue, queue_ns),
+            (self.compute_input, input_ns),
+            (self.compute_infer, infer_ns),
+        ):
+            timer.count = count
+            timer.ns += ns
+        self.num_rows += rows
+        self.last_at_ms = time.time_ns() // 1_000_000
+        self.latencies_seconds.append(total_ns / 1e9)
 
     def percentile_seconds(self, share: float) -> float:
         """Percentile of the last window; 0 when it is empty."""

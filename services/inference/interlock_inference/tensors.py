@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,8 +45,7 @@ def invalid(field: str, message: str, **metadata: str) -> InvalidArgument:
     return InvalidArgument(f"{field}: {message}", reason="INVALID_TENSOR", field=field, metadata=metadata)
 
 
-@dataclass(frozen=True, slots=True)
-class Described:
+class Described(NamedTuple):
     """A tensor as a request describes it, before its elements are read."""
 
     name: str

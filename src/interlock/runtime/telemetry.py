@@ -74,7 +74,8 @@ def current_traceparent() -> str:
 
 def new_traceparent() -> str:
     """A traceparent for a request that nobody samples: its ids are still worth having in answers and logs."""
-    return f"00-{_getrandbits(128):032x}-{_getrandbits(64):016x}-00"
+    ids = f"{_getrandbits(192):048x}"
+    return f"00-{ids[:32]}-{ids[32:]}-00"
 
 
 def is_sampled(traceparent: str) -> bool:

@@ -36,10 +36,9 @@ class InferCall:
 
     def decode(self, slot: Slot) -> dict[str, Array]:
         """The inputs by name, checked against the slot's signature; views on the request's bytes where they came raw."""
-        request, opened = self._request, slot.opened
-        assert opened is not None, "a held slot keeps its engine"
-        described = [Described(t.name, t.datatype, tuple(t.shape)) for t in request.inputs]
-        tensors.check_described(described, opened.engine.signature, slot.specs)
+        request = self._request
+        described = tuple([Described(t.name, t.datatype, tuple(t.shape)) for t in request.inputs])
+        slot.check(described)
         for index, tensor in enumerate(request.inputs):
             if tensor.parameters:
                 _refuse_shared_memory(tensor.parameters, f"inputs[{index}]")
