@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from grpc import aio
 
 import onnx_models
 from interlock.api.inference.v1 import runtime_service_pb2 as pb
 from interlock.api.inference.v1 import runtime_service_pb2_grpc as pb_grpc
-from interlock.api.oip import rpc
+from interlock.api.oip import messages, rpc
 from interlock.api.types.v1 import types_pb2
 from interlock.runtime.channels import Caller, open_channel
 from interlock.runtime.settings import Settings
@@ -116,3 +120,50 @@ async def a_replica(home: Path, controller_port: int = 1, **inference: Any) -> A
                 yield Remote(home, channel, port, metrics_port)
         finally:
             stopping.set()
+
+
+@asynccontextmanager
+async def a_process(
+    home: Path, failpoint: str = "", port: int = 0, **more: str
+) -> AsyncIterator[tuple[Remote, asyncio.subprocess.Process]]:
+    """A real replica process; killed at the end if it still lives."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("INTERLOCK_")}
+    env |= {
+        "INTERLOCK_HOME": str(home),
+        "INTERLOCK_INFERENCE_PORT": str(port),
+        "INTERLOCK_INFERENCE_METRICS_PORT": "0",
+        "INTERLOCK_PROBE_INTERVAL_SECONDS": "0",
+    }
+    env |= more
+    if failpoint:
+        env["INTERLOCK_FAILPOINT"] = f"inference.{failpoint}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "interlock_inference", stdout=asyncio.subprocess.PIPE, env=env
+    )
+    assert process.stdout is not None
+    try:
+        event: dict[str, Any] = {}
+        async with asyncio.timeout(60):
+            while event.get("event") != "listening":
+                event = json.loads(await process.stdout.readline())
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(process.stdout.read())
+            address = event["address"]
+            async with open_channel(address) as channel:
+                yield Remote(home, channel, int(address.rsplit(":", 1)[1]), event["metrics_port"]), process
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            await reading
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def infer_request() -> messages.ModelInferRequest:
+    request = messages.ModelInferRequest(
+        model_name="policy", raw_input_contents=[np.zeros((1, 4), np.float32).tobytes()]
+    )
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    return request

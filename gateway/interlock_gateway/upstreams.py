@@ -24,9 +24,9 @@ from interlock.core.ports import Clock
 from interlock.runtime.access import KEY_HEADER
 from interlock.runtime.channels import Caller, open_channel
 from interlock.runtime.infer import Answerer, InferAnswer, InferRequest
-from interlock.runtime.lifecycle import until
 from interlock.runtime.settings import Settings
 from interlock.runtime.status import from_rpc_error, translated
+from interlock.runtime.streams import until
 from interlock_gateway import codec
 
 CALL_SECONDS = 5.0

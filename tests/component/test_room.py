@@ -21,7 +21,8 @@ from interlock.api.controller.v1 import route_service_pb2_grpc as pb_grpc
 from interlock.errors import Aborted, DeadlineExceeded, Internal, PermissionDenied, Unauthenticated, Unavailable
 from interlock.runtime import channels
 from interlock.runtime.access import KEY_HEADER, Keys, Scope, hash_key, new_key
-from interlock.runtime.lifecycle import GrpcRoom, _written
+from interlock.runtime.lifecycle import GrpcRoom
+from interlock.runtime.streams import written
 
 SERVICE = "interlock.api.controller.v1.RouteService"
 
@@ -243,7 +244,7 @@ async def test_what_a_handler_writes_by_itself_becomes_a_stream() -> None:
             seen.append(context.peer())
 
     context = SimpleNamespace(peer=lambda: "somebody")
-    assert [message async for message in _written(writes, "m", context)] == ["m0", "m1", "m2"]
+    assert [message async for message in written(writes, "m", context)] == ["m0", "m1", "m2"]
     assert seen == ["somebody"] * 3
 
 
@@ -252,7 +253,7 @@ async def test_an_error_of_a_handler_that_writes_by_itself_is_the_streams() -> N
         await context.write("one")
         raise Aborted("no", reason="STALE_EPOCH")
 
-    stream = _written(breaks, "", None)
+    stream = written(breaks, "", None)
     assert await anext(stream) == "one"
     with pytest.raises(Aborted):
         await anext(stream)
@@ -268,7 +269,7 @@ async def test_leaving_a_stream_ends_its_handler() -> None:
         finally:
             ended.set()
 
-    stream = _written(endless, "", None)
+    stream = written(endless, "", None)
     assert await anext(stream) == "again"
     await stream.aclose()
     assert ended.is_set()

@@ -16,65 +16,17 @@ import pytest
 
 from controller_world import a_controller, state_of
 from interlock.api.inference.v1 import runtime_service_pb2 as pb
-from interlock.api.oip import messages
 from interlock.client.load import GrpcTarget, Load
 from interlock.errors import Unavailable
 from interlock.runtime.channels import open_channel
-from replica_world import Remote
+from replica_world import Remote, a_process, infer_request
 
 pytestmark = pytest.mark.system
-
-
-@asynccontextmanager
-async def a_process(
-    home: Path, failpoint: str = "", port: int = 0, **more: str
-) -> AsyncIterator[tuple[Remote, asyncio.subprocess.Process]]:
-    """A real replica process; killed at the end if it still lives."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("INTERLOCK_")}
-    env |= {
-        "INTERLOCK_HOME": str(home),
-        "INTERLOCK_INFERENCE_PORT": str(port),
-        "INTERLOCK_INFERENCE_METRICS_PORT": "0",
-        "INTERLOCK_PROBE_INTERVAL_SECONDS": "0",
-    }
-    env |= more
-    if failpoint:
-        env["INTERLOCK_FAILPOINT"] = f"inference.{failpoint}"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "interlock_inference", stdout=asyncio.subprocess.PIPE, env=env
-    )
-    assert process.stdout is not None
-    try:
-        event: dict[str, Any] = {}
-        async with asyncio.timeout(60):
-            while event.get("event") != "listening":
-                event = json.loads(await process.stdout.readline())
-        async with asyncio.TaskGroup() as group:
-            reading = group.create_task(process.stdout.read())
-            address = event["address"]
-            async with open_channel(address) as channel:
-                yield Remote(home, channel, int(address.rsplit(":", 1)[1]), event["metrics_port"]), process
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-            await reading
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 def assignment_file(home: Path) -> Path:
     """The one replica's."""
     return next(home.glob("replica-*.json"))
-
-
-def infer_request() -> messages.ModelInferRequest:
-    request = messages.ModelInferRequest(
-        model_name="policy", raw_input_contents=[np.zeros((1, 4), np.float32).tobytes()]
-    )
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
-    return request
 
 
 async def answering_version(remote: Remote, within_seconds: float = 30.0) -> str:

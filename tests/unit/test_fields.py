@@ -74,7 +74,7 @@ def test_text_is_read_as_what_is_meant(name: str, given: Any, made: Any) -> None
     ],
 )
 def test_mistakes_name_the_field(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match="[a-z]") as refused:
+    with pytest.raises(ValueError, match=r"[a-z]") as refused:
         Outer(**given)
     assert str(refused.value) == told
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from interlock.errors import DataLoss, FailedPrecondition
 from interlock.runtime.access import Access, Keys, refusing
 from interlock.runtime.status import guarded, wrap_handler
+from interlock.runtime.streams import until
 from interlock.runtime.tracing import traced
 
 _log = structlog.get_logger(__name__)
@@ -92,78 +92,10 @@ class _Interceptor(aio.ServerInterceptor):
 
     def _ending(self, behaviour: Callable[..., Any], _method: str) -> Callable[..., Any]:
         async def ending(request: Any, context: Any) -> AsyncIterator[Any]:
-            writes = inspect.iscoroutinefunction(behaviour)
-            stream = _written(behaviour, request, context) if writes else behaviour(request, context)
-            async for message in until(stream, self._stopping):
+            async for message in until(behaviour(request, context), self._stopping):
                 yield message
 
         return ending
-
-
-class _Writer:
-    """A call's context whose `write` hands the message to a stream instead of the wire."""
-
-    def __init__(self, context: Any, messages: asyncio.Queue[Any]) -> None:
-        self._context = context
-        self._messages = messages
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    async def write(self, message: Any) -> None:
-        """Returns when there is room for one more."""
-        await self._messages.put(message)
-
-
-async def _written(behaviour: Callable[..., Awaitable[None]], request: Any, context: Any) -> AsyncIterator[Any]:
-    """What a handler writes by itself, as a stream. Ending it then never cuts a write on the wire in two, which gRPC answers with an error."""
-    messages: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)  # one: the handler is as fast as its reader
-
-    async def handle() -> None:
-        await behaviour(request, _Writer(context, messages))
-        await messages.put(_END)
-
-    handling = asyncio.ensure_future(handle())  # noqa: TID251  lives and dies inside this generator
-    try:
-        while True:
-            taking = asyncio.ensure_future(messages.get())  # noqa: TID251  as above
-            try:
-                await asyncio.wait({taking, handling}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                taking.cancel()  # of no effect on one that has its message
-            if not taking.done() or taking.cancelled():
-                handling.result()  # the handler failed: its error is the stream's
-                return
-            if taking.result() is _END:
-                return
-            yield taking.result()
-    finally:
-        handling.cancel()
-        await asyncio.wait({handling})
-
-
-async def until(stream: AsyncIterator[Any], stopping: asyncio.Event) -> AsyncIterator[Any]:
-    """Yields from `stream` until it ends or `stopping` is set."""
-    stopped = asyncio.ensure_future(stopping.wait())  # noqa: TID251  lives and dies inside this generator
-    try:
-        while True:
-            following = asyncio.ensure_future(anext(stream, _END))  # noqa: TID251  as above
-            try:
-                await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not following.done():
-                    following.cancel()
-                    await asyncio.wait({following})
-            if following.cancelled() or (message := following.result()) is _END:
-                return
-            yield message
-    finally:
-        stopped.cancel()
-        if hasattr(stream, "aclose"):
-            await stream.aclose()
-
-
-_END: Any = object()
 
 
 class GrpcRoom:

@@ -18,6 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from interlock.errors import BY_KIND, DeadlineExceeded, InterlockError, Internal, Unavailable
+from interlock.runtime.streams import yielding
 
 DOMAIN = "interlock"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -100,7 +101,9 @@ def _guarded_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., 
         except (aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:  # noqa: BLE001  the supervised edge: nothing unknown may reach the client
-            await _abort(context, _as_interlock(error, method))
+            failure = _as_interlock(error, method)
+        del request
+        return await _abort(context, _bare(failure))
 
     return guarded
 
@@ -108,30 +111,39 @@ def _guarded_unary(behaviour: Callable[..., Any], method: str) -> Callable[..., 
 def _guarded_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            result = behaviour(request, context)
-            if hasattr(result, "__aiter__"):
-                async for message in result:
-                    yield message
-            else:
-                await result
+            async for message in behaviour(request, context):
+                yield message
+            return
         except (aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:  # noqa: BLE001  the supervised edge: nothing unknown may reach the client
-            await _abort(context, _as_interlock(error, method))
+            failure = _as_interlock(error, method)
+        del request
+        await _abort(context, _bare(failure))
 
     return guarded
 
 
+def _bare(error: InterlockError) -> InterlockError:
+    """Without the frames that it came through. gRPC keeps the exception of an aborted call, and with it what hangs on it, sometimes for ever
+    (grpcio 1.85.1, seen in tests/component/test_cleanup_matrix.py): that must not be the request."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
 def wrap_handler(handler: Handler, unary: Callable[..., Any], stream: Callable[..., Any], method: str) -> Handler:
-    """A handler of the same arity and codecs whose behaviour went through `unary` or `stream` (by its response's arity)."""
+    """A handler of the same arity and codecs whose behaviour went through `unary` or `stream` (by its response's arity).
+
+    `stream` gets and gives generators; a handler that writes by itself is made one.
+    """
     codecs = {"request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer}
     if handler.unary_unary:
         return grpc.unary_unary_rpc_method_handler(unary(handler.unary_unary, method), **codecs)
     if handler.unary_stream:
-        return grpc.unary_stream_rpc_method_handler(stream(handler.unary_stream, method), **codecs)
+        return grpc.unary_stream_rpc_method_handler(stream(yielding(handler.unary_stream), method), **codecs)
     if handler.stream_unary:
         return grpc.stream_unary_rpc_method_handler(unary(handler.stream_unary, method), **codecs)
-    return grpc.stream_stream_rpc_method_handler(stream(handler.stream_stream, method), **codecs)
+    return grpc.stream_stream_rpc_method_handler(stream(yielding(handler.stream_stream), method), **codecs)
 
 
 def guarded(handler: Handler, method: str) -> Handler:

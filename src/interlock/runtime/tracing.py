@@ -56,7 +56,11 @@ def _traced_unary(headers: dict[str, str]) -> Callable[..., Any]:
                     **{"rpc.system": "grpc"},
                 ),
             ):
-                return await behaviour(request, context)
+                try:
+                    return await behaviour(request, context)
+                except grpc.aio.AbortError as aborted:
+                    del request  # gRPC keeps the exception, see `status`
+                    raise aborted.with_traceback(None) from None
 
         return traced
 
@@ -68,12 +72,8 @@ def _traced_stream(headers: dict[str, str]) -> Callable[..., Any]:
     def wrap(behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
         async def traced(request: Any, context: Any) -> AsyncIterator[Any]:
             structlog.contextvars.bind_contextvars(**_bind(headers, method))
-            result = behaviour(request, context)
-            if hasattr(result, "__aiter__"):
-                async for message in result:
-                    yield message
-            else:
-                await result
+            async for message in behaviour(request, context):
+                yield message
 
         return traced
 

@@ -14,7 +14,7 @@ from interlock.api.oip import messages as pb
 from interlock.core.names import check_id
 from interlock.errors import InterlockError, InvalidArgument, NotFound, Unimplemented
 from interlock.runtime import telemetry
-from interlock.runtime.lifecycle import until
+from interlock.runtime.streams import until
 from interlock.runtime.tracing import caller_traceparent
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.folder import by_number
