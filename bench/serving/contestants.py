@@ -125,7 +125,11 @@ class Server:
         clean["OMP_NUM_THREADS"] = "1"
         if self.contestant.peer:  # PyTriton's stub would else find another libpython than its interpreter's library
             return clean | {"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))}
-        words = {"folder": str(self._folder), "grpc": str(self.grpc_port), "http": str(self.http_port)}
+        words = {
+            "repository": str(self._folder.parent.parent),
+            "grpc": str(self.grpc_port),
+            "http": str(self.http_port),
+        }
         words |= {f"port{i}": str(port) for i, port in enumerate(_free_ports(5))}
         words["home"] = str(self._folder.parent / f"home-{self.grpc_port}")
         ours = {name: value.format(**words) for name, value in self.contestant.environment.items()}
