@@ -72,7 +72,7 @@ def h2load(port: int, message: bytes, in_flight: int, seconds: float, pin: str) 
         body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
         out = _run(
             [
-                *_pinned(pin), "h2load", "-c", str(connections), "-m", str(streams), "-D", f"{seconds:g}",
+                *_pinned(pin), "h2load", "-c", str(connections), "-m", str(streams), "-D", str(max(1, round(seconds))),
                 f"--warm-up-time={WARM_SECONDS * 1000:.0f}ms", "-d", str(body), "-H", "content-type: application/grpc",
                 "-H", "te: trailers", "-H", "grpc-timeout: 5S", f"--log-file={log}",
                 f"http://127.0.0.1:{port}/inference.GRPCInferenceService/ModelInfer",
