@@ -180,6 +180,10 @@ class Loop(threading.Thread):
         ) as run:
             self.attached = run
             for (x_BF,) in run.steps(until=self.until):
+                if not run.step:
+                    run.wait_saved(
+                        10
+                    )  # its steps take a millisecond: what it goes back to shall be there before the first one
                 loss = model(x_BF).square().mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -3,6 +3,7 @@
     <root>/step-000000500-a1/tensors.safetensors   every tensor; the plain safetensors layout, any tool can read it
     <root>/step-000000500-a1/state.json            everything else as JSON
     <root>/step-000000500-a1/manifest.json         format, files with size and blake3, metadata; written last
+    <root>/.lock                                   held by the one writer while it lives
     <root>/.part-...                               a save that has not finished; swept when the store is opened
     <root>/damaged/...                             folders whose bytes were not what the manifest says
 
@@ -13,11 +14,14 @@ raise or kill there.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from typing import Any
 from blake3 import blake3
 
 from interlock.core.names import check_id
-from interlock.errors import AlreadyExists, DataLoss, NotFound
+from interlock.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound
 from interlock.stores import artifacts
 from interlock.stores.artifacts import FileEntry, Manifest
 
@@ -33,6 +37,8 @@ TENSOR_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
 DAMAGED = "damaged"
 PART = ".part-"
+LOCK_FILE = ".lock"
+LOCK_SECONDS = 60.0
 BLOCK_BYTES = 8 << 20  # large enough that the write call costs nothing, small enough that hashing overlaps the disk
 ALIGN = 8
 FAILPOINT = "INTERLOCK_FAILPOINT"
@@ -104,8 +110,36 @@ class CheckpointStore:
         self._on_operation = on_operation or (lambda _operation: None)
         root.mkdir(parents=True, exist_ok=True)
 
+    @contextmanager
+    def locked(self, timeout_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """Holds the folder's lock: one writer at a time.
+
+        Raises:
+            FailedPrecondition: `RUN_IN_USE`: another writer holds it and did not end in time.
+        """
+        with (self.root / LOCK_FILE).open("ab") as file:
+            deadline = time.monotonic() + timeout_seconds
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise FailedPrecondition(
+                            f"{self.root}: another process writes checkpoints there; end it, or give this run another name",
+                            reason="RUN_IN_USE",
+                            metadata={"folder": str(self.root)},
+                        ) from None
+                    time.sleep(0.01)
+            yield
+
     def sweep(self) -> None:
-        """Removes what an interrupted save left. Only for the one writer, before its first save."""
+        """Removes what an interrupted save left, once the writer of a loop that died has finished what it had in hand. Raises as `locked`."""
+        with self.locked():
+            self.clear_parts()
+
+    def clear_parts(self) -> None:
+        """Removes unfinished saves; only for who holds the lock."""
         for part in self.root.glob(f"{PART}*"):
             shutil.rmtree(part, ignore_errors=True)
 

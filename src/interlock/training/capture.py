@@ -9,7 +9,9 @@ in the checkpoint. Random generators are restored last, because building an iter
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ import torch
 
 from interlock.errors import FailedPrecondition
 from interlock.stores.checkpoints import Loaded, TensorSlot, place
+from interlock.stores.shared import SharedBuffer
 from interlock.training.tree import CODES, DTYPES, Tensors, pack, unpack
 
 
@@ -120,20 +123,73 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A copied snapshot: where each tensor lies in `data`, which is the head of the shared memory behind `fd`."""
+
+    slots: list[TensorSlot]
+    data: memoryview
+    fd: int
+
+
 class Staging:
-    """One reused host buffer that a snapshot is copied into: the only copy the loop waits for."""
+    """One reused buffer of shared memory that a snapshot is copied into: the only copy the loop waits for."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = SharedBuffer(0)
+        self._next: SharedBuffer | None = None
+        self._growing: threading.Thread | None = None
 
-    def fill(self, snapshot: Snapshot) -> tuple[list[TensorSlot], memoryview]:
-        """Copies every tensor; the returned bytes stay valid until the next call. Grows by a quarter when it must."""
+    def prepare(self, size: int) -> None:
+        """Makes room for `size` bytes in a thread, so that the copy that needs them first doesn't wait for fresh pages."""
+
+        def grow() -> None:
+            with suppress(OSError):  # the copy itself will say that there is no memory
+                self._next = SharedBuffer(size)
+
+        if size > self._buffer.size and self._growing is None:
+            self._growing = threading.Thread(target=grow, name="interlock-staging", daemon=True)
+            self._growing.start()
+
+    def fill(self, snapshot: Snapshot) -> Staged:
+        """Copies every tensor; what it returns is valid until the next call.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
         ordered = sorted(snapshot.tensors.items(), key=lambda item: -item[1].element_size())
         wanted = [(name, CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for name, t in ordered]
         slots, size = place(wanted)
-        if self._buffer.numel() < size:
-            self._buffer = torch.zeros(size + size // 4, dtype=torch.uint8)
-        for slot, (_, tensor) in zip(slots, ordered, strict=True):
-            if slot.end > slot.begin:
-                self._buffer[slot.begin : slot.end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        return slots, memoryview(self._buffer.numpy().data)[:size]
+        self._make_room(size)
+        data = self._buffer.view()[:size]
+        if size:
+            bytes_ = torch.frombuffer(data, dtype=torch.uint8)
+            for slot, (_, tensor) in zip(slots, ordered, strict=True):
+                if slot.end > slot.begin:
+                    bytes_[slot.begin : slot.end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return Staged(slots, data, self._buffer.fd)
+
+    def _make_room(self, size: int) -> None:
+        if self._growing is not None and (size > self._buffer.size or not self._growing.is_alive()):
+            self._growing.join()
+            self._growing = None
+        if self._next is not None and self._growing is None:
+            self._buffer.close()
+            self._buffer, self._next = self._next, None
+        if size > self._buffer.size:
+            grown = SharedBuffer(size)
+            self._buffer.close()
+            self._buffer = grown
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        if self._growing is not None:
+            self._growing.join()
+        for buffer in (self._buffer, self._next):
+            if buffer is not None:
+                buffer.close()
+
+
+def num_bytes(snapshot: Snapshot) -> int:
+    """How many bytes its tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in snapshot.tensors.values())

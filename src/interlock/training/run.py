@@ -29,12 +29,21 @@ from interlock.errors import AlreadyExists, DataLoss, InterlockError, InvalidArg
 from interlock.stores.artifacts import Manifest
 from interlock.stores.checkpoints import CheckpointStore, Loaded
 from interlock.training import terms
-from interlock.training.capture import Stateful, capture, restore, seed_everything, set_random_states
+from interlock.training.capture import (
+    Snapshot,
+    Stateful,
+    capture,
+    num_bytes,
+    restore,
+    seed_everything,
+    set_random_states,
+)
 from interlock.training.courier import Courier
 from interlock.training.data import Feed
 from interlock.training.hooks import OptimizerHooks, Scale, add_noise
-from interlock.training.saver import Saver
+from interlock.training.saver import Saver, WriterHere
 from interlock.training.terms import CheckpointInfo, Order, Result, Supervisor
+from interlock.training.writer import WriterProcess
 
 _log = structlog.get_logger(__name__)
 POLL_SECONDS = 0.05
@@ -89,7 +98,8 @@ class Run:
         self.name = parts.name
         self.policy = parts.policy
         self.attempt, self.seq, self.step = attempt, seq, 0
-        self._saver = Saver(parts.store, self._save_done)
+        writer = WriterHere(parts.store) if parts.courier.synchronous else WriterProcess(parts.store.root)
+        self._saver = Saver(writer, self._save_done)
         self._infos: dict[str, CheckpointInfo] = {}
         self._metrics: dict[str, Any] = {}
         self._last_metrics: dict[str, Any] = {}
@@ -100,7 +110,7 @@ class Run:
         self._handlers: list[ChangeHandler] = []
         self._skip: tuple[int, int] = (0, 0)
         self._paused = self._stopping = self._closed = False
-        self._initial_done = False
+        self._initial_done = self._is_sized = False
         self._rolled_back = False
         self._poison_until = 0
 
@@ -232,6 +242,11 @@ class Run:
             self._initial_done = True
             if not self.step and not self._parent:
                 self._save("initial", initial=True)
+        elif not self._is_sized and self._parts.hooks.optimizers:
+            self._is_sized = (
+                True  # optimizers make their state in their first step: now it is known how much there is to copy
+            )
+            self._saver.prepare(num_bytes(self._captured()))
         if self._save_due and not self._saver.busy:
             self._save_due = False
             self._save("cadence")
@@ -337,16 +352,13 @@ class Run:
         self._saver.wait()
         self._infos[checkpoint] = info
         self._parts.courier.put(terms.Begun(info, initial))
-        loop = {
-            "step": self.step,
-            "seq": self.seq,
-            "data": self._parts.feed.state_dict(),
-            "scales": self._parts.hooks.state(),
-        }
         try:
-            snapshot = capture(self._parts.components, loop)
+            snapshot = self._captured()
             metadata = terms.info_metadata(info, self.name, parent=self._parent, policy=self.policy.guard.name)
             self._saver.save(checkpoint, snapshot, metadata)
+        except OSError as error:  # no memory to copy it into: as little a reason to stop training as a full disk
+            self._save_done(checkpoint, None, error)
+            return checkpoint
         except InterlockError:
             self._infos.pop(checkpoint)
             self._parts.courier.put(terms.Changed(info, deleted=True))
@@ -355,6 +367,16 @@ class Run:
         if self._parts.courier.synchronous:
             self._saver.wait()
         return checkpoint
+
+    def _captured(self) -> Snapshot:
+        """The state now, not yet copied."""
+        loop = {
+            "step": self.step,
+            "seq": self.seq,
+            "data": self._parts.feed.state_dict(),
+            "scales": self._parts.hooks.state(),
+        }
+        return capture(self._parts.components, loop)
 
     def _save_done(self, checkpoint: str, manifest: Manifest | None, failure: Exception | None) -> None:
         """In the saver's thread."""

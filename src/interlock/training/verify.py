@@ -20,6 +20,7 @@ from blake3 import blake3
 from interlock.stores.checkpoints import CheckpointStore, Loaded
 from interlock.training.capture import Staging, capture, random_states, restore, set_random_states
 from interlock.training.run import Run
+from interlock.training.saver import WriterHere
 from interlock.training.tree import Tensors, pack
 
 LOSS, RANDOM, DATA = "loss", "random", "data"
@@ -66,8 +67,8 @@ def verify_resume(run: Run, step: Callable[[Any], Any], num_steps: int = 5) -> V
 def _saved(run: Run, store: CheckpointStore) -> Loaded:
     parts = run.parts
     snapshot = capture(parts.components, {"data": parts.feed.state_dict(), "scales": parts.hooks.state()})
-    slots, data = Staging().fill(snapshot)
-    store.write("verify", slots, data, snapshot.state, {"seq": 0})
+    staged = Staging().fill(snapshot)
+    WriterHere(store).write("verify", staged, snapshot.state, {"seq": 0})
     return store.load("verify")
 
 
