@@ -18,6 +18,7 @@ from interlock.core.pacing import PacingPolicy
 from interlock.core.route import Route, Weight
 from interlock.errors import InterlockError
 from interlock.runtime.clock import SystemClock
+from interlock.stores.remote import RemoteArtifacts, RemoteOptions
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array, EngineOptions
@@ -95,10 +96,11 @@ def a_loader(
     home: Path, registry: Registry, tasks: asyncio.TaskGroup, pacing: PacingPolicy = PACING, **policy: Any
 ) -> Loader:
     """A replica's loader; without `tries=True` it loads in this process, which costs a test nothing."""
+    fetched = RemoteArtifacts(home / "cache", RemoteOptions())
     made = LoadPolicy(**{"options": EngineOptions(), "tries": False, **policy})
     clock = SystemClock()
     pacer = Pacer(registry, clock, pacing)
-    return Loader(made, registry, LoadHistory(home / "loads.json"), pacer, tasks, lambda place, version: None)
+    return Loader(made, registry, LoadHistory(home / "loads.json"), pacer, tasks, lambda place, version: None, fetched)
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from interlock.runtime.settings import Settings
 from interlock.runtime.telemetry import telemetry
 from interlock.stores.controller_sqlite import SqliteControllerStore
 from interlock.stores.files import ModelRepository
+from interlock.stores.remote import RemoteArtifacts
 from interlock_controller.announcer import Announcer
 from interlock_controller.fleet import Fleet
 from interlock_controller.promoter import Promoter
@@ -73,7 +74,8 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
             stack.push_async_callback(client.close)
         fleet = Fleet(clients, clock, changed)
         reconciler = Reconciler(store, fleet, repository, clock, changed, tick_seconds=own.tick_seconds)
-        registry, swaps = Registry(store, repository, clock, changed), Swaps(store, reconciler, clock)
+        fetched = RemoteArtifacts(config.home / "cache" / "controller", config.artifacts.remote())
+        registry, swaps = Registry(store, repository, clock, changed, fetched), Swaps(store, reconciler, clock)
         promoter = Promoter(store, trainer, registry, swaps, clock, changed)
         rollbacks = Rollbacks(store, swaps, clock, changed)
         reconciler.take_over()

@@ -11,16 +11,26 @@ from interlock.core import names
 from interlock.core.ports import Clock
 from interlock.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from interlock.runtime.changed import Changed
+from interlock.stores import remote
 from interlock.stores.controller import ControllerStore, Origin, Request, VersionRow
 from interlock.stores.files import Incoming, ModelRepository
 from interlock.stores.modelspec import ModelSpec
+from interlock.stores.remote import RemoteArtifacts
 
 
 class Registry:
     """Registers versions, one at a time."""
 
-    def __init__(self, store: ControllerStore, repository: ModelRepository, clock: Clock, changed: Changed) -> None:
+    def __init__(
+        self,
+        store: ControllerStore,
+        repository: ModelRepository,
+        clock: Clock,
+        changed: Changed,
+        fetched: RemoteArtifacts,
+    ) -> None:
         self._store = store
+        self._fetched = fetched
         self._repository = repository
         self._clock = clock
         self._changed = changed
@@ -41,10 +51,13 @@ class Registry:
 
         Raises:
             NotFound: `ARTIFACT_MISSING`.
-            FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `QUARANTINED`.
+            FailedPrecondition: `DIGEST_MISMATCH`, `INVALID_ARTIFACT`, `QUARANTINED`; for `s3://` also what `RemoteArtifacts.fetch` raises.
             AlreadyExists: `REQUEST_ID_REUSED`.
         """
-        source = parse_uri(artifact_uri)
+        if remote.is_remote(artifact_uri):  # before the lock: other registrations need not wait for a store
+            source = await asyncio.to_thread(self._fetched.fetch, artifact_uri, digest)
+        else:
+            source = parse_uri(artifact_uri)
         async with self._lock:
             if request is not None and (known := self._store.answered(request)) is not None:
                 return self._known(model, known)
@@ -112,7 +125,7 @@ def parse_uri(uri: str) -> Path:
     parts = urlsplit(uri)
     if not uri or "\0" in uri or (parts.scheme and (parts.scheme != "file" or parts.netloc not in ("", "localhost"))):
         raise InvalidArgument(
-            f"artifact_uri: {uri[:200]!r} is not a local path or a file:// URI",
+            f"artifact_uri: {uri[:200]!r} is not a local path, a file:// or an s3:// URI",
             reason="INVALID_ARTIFACT_URI",
             field="artifact_uri",
             metadata={"value": uri[:200]},

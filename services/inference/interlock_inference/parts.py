@@ -18,6 +18,7 @@ from interlock.runtime import channels, failpoints
 from interlock.runtime.access import Keys
 from interlock.runtime.clock import SystemClock
 from interlock.runtime.settings import InferenceSettings, Settings
+from interlock.stores.remote import RemoteArtifacts
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.bridge import ControllerAdmin
 from interlock_inference.dataplane import DataPlane
@@ -81,6 +82,11 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
     )
     file = NoFile() if own.standalone else AssignmentFile(config.home / f"replica-{own.port}.json")
     history = LoadHistory(config.home / f"loads-{own.port}.json")
+    fetched = RemoteArtifacts(
+        config.home / "cache" / f"replica-{own.port}",
+        config.artifacts.remote(),
+        lambda: {slot.opened.path for slot in registry.all_slots() if slot.opened is not None},
+    )
     async with AsyncExitStack() as stack:
         stack.callback(registry.close)
         stack.callback(plane.close)
@@ -93,7 +99,7 @@ async def assembled(config: Settings, keys: Keys, stopping: asyncio.Event) -> As
             file,
             clock,
             tasks,
-            loader=Loader(_loading(own, options), registry, history, pacer, tasks, failpoints.reached),
+            loader=Loader(_loading(own, options), registry, history, pacer, tasks, failpoints.reached, fetched),
             counted=LoadMetrics(metrics),
             warmup_iterations=own.warmup_iterations,
             failpoint=failpoints.reached,

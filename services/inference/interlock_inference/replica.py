@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
@@ -252,8 +251,8 @@ class Replica:
             await changed.wait()
 
     def _begin(self, wanted: Wanted) -> Load:
-        path = repository.parse_uri(wanted.artifact_uri)
-        slot = Slot(wanted.model, wanted.version, str(path.absolute()), wanted.origin, wanted.digest)
+        uri = repository.absolute(wanted.artifact_uri)
+        slot = Slot(wanted.model, wanted.version, uri, wanted.origin, wanted.digest)
         load = self._loads[wanted.model, wanted.version] = Load(slot)
         self._registry.put(slot)
         self._tasks.create_task(self._load(load, wanted))
@@ -442,7 +441,9 @@ class Replica:
 
     async def _golden(self, *slots: Slot) -> list[Mapping[str, Array]]:
         """The last slot's golden inputs, as far as they fit all slots."""
-        samples = await asyncio.to_thread(golden.read, Path(slots[-1].artifact_uri))
+        opened = slots[-1].opened
+        assert opened is not None, "a loaded slot has its engine"
+        samples = await asyncio.to_thread(golden.read, opened.path)
         return [inputs for inputs in samples.values() if all(_fits(slot, inputs) for slot in slots)]
 
     def _samples(

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from interlock.errors import DataLoss, FailedPrecondition, InterlockError, InvalidArgument, NotFound
-from interlock.stores import artifacts, modelspec
+from interlock.stores import artifacts, modelspec, remote
 from interlock.stores.artifacts import FileEntry, Manifest
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import Engine, EngineOptions, Signature, onnx_file
@@ -34,12 +34,20 @@ class Opened:
     memory_bytes: int
 
 
+def absolute(uri: str) -> str:
+    """How a slot keeps where its version lies: `s3://` as it is, else an absolute path. Raises InvalidArgument `INVALID_ARTIFACT_URI`."""
+    if remote.is_remote(uri):
+        remote.split(uri)
+        return uri
+    return str(parse_uri(uri).absolute())
+
+
 def parse_uri(uri: str) -> Path:
     """The local path of an artifact: a plain path or `file://`. Raises InvalidArgument `INVALID_ARTIFACT_URI`."""
     text = uri.removeprefix("file://")
     if not text or "://" in text or "\0" in text:
         raise InvalidArgument(
-            f"artifact_uri: {uri[:200]!r} is neither a path nor file://",
+            f"artifact_uri: {uri[:200]!r} is neither a path, file:// nor s3://",
             reason="INVALID_ARTIFACT_URI",
             field="artifact_uri",
             metadata={"artifact_uri": uri[:200]},

@@ -12,9 +12,12 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from interlock.runtime.fields import Field, Group
+
+if TYPE_CHECKING:
+    from interlock.stores.remote import RemoteOptions
 
 PREFIX = "INTERLOCK_"
 OTHER_NAMES = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_API_KEY", "INTERLOCK_FAILPOINT", "INTERLOCK_SIM_SEEDS"})
@@ -88,6 +91,28 @@ class InferenceSettings(Group):
         return bool(self.repository or self.models)
 
 
+class ArtifactSettings(Group):
+    """Artifacts that lie elsewhere. Credentials come from AWS's own chain: environment, profile, role."""
+
+    s3_endpoint: str = Field("", description="of a store that speaks S3; empty: AWS")
+    s3_region: str = Field("", description="its region; empty: what AWS_REGION or the profile says")
+    cache_gb: float = Field(20.0, gt=0, description="what each process keeps of fetched artifacts, in GiB")
+    fetch_mb_per_second: float = Field(0.0, ge=0, description="speed limit of a fetch in MiB/s; 0: none")
+    timeout_seconds: float = Field(20.0, gt=0, description="to connect to the store, and to wait for its next piece")
+
+    def remote(self) -> RemoteOptions:
+        """The same in bytes."""
+        from interlock.stores.remote import RemoteOptions
+
+        return RemoteOptions(
+            self.s3_endpoint,
+            self.s3_region,
+            int(self.cache_gb * 2**30),
+            int(self.fetch_mb_per_second * 2**20),
+            self.timeout_seconds,
+        )
+
+
 class TrainerSettings(Group):
     """The trainer service."""
 
@@ -143,6 +168,7 @@ class Settings(Group):
         0.5, ge=0, description="time between NOT_SERVING and closing the port at shutdown"
     )
     inference: InferenceSettings = InferenceSettings()
+    artifacts: ArtifactSettings = ArtifactSettings()
     trainer: TrainerSettings = TrainerSettings()
     controller: ControllerSettings = ControllerSettings()
     gateway: GatewaySettings = GatewaySettings()

@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 
 from interlock.errors import FailedPrecondition
-from interlock.stores import artifacts, modelspec
+from interlock.stores import artifacts, modelspec, remote
 from interlock.stores.modelspec import ModelSpec
+from interlock.stores.remote import RemoteArtifacts
 from interlock_inference import repository
 from interlock_inference.engines import EngineOptions
 from interlock_inference.loads import memory
@@ -72,7 +73,9 @@ class Loader:
         pacer: Pacer,
         tasks: asyncio.TaskGroup,
         failpoint: Callable[[str, str], None],
+        fetched: RemoteArtifacts,
     ) -> None:
+        self._remote = fetched
         self._policy = policy
         self._registry = registry
         self._history = history
@@ -97,9 +100,9 @@ class Loader:
             InterlockError: see `repository.open_artifact`; and what ended the hold.
         """
         loop = asyncio.get_running_loop()
-        path = repository.parse_uri(slot.artifact_uri)
         async with self._turn:
             hold.check()
+            path = await loop.run_in_executor(self._beside, self._local, slot.artifact_uri, digest, hold)
             seen = await loop.run_in_executor(self._beside, repository.glance, path)
             peak_bytes = self._history.peak_bytes.get(digest or seen.digest)
             need = memory.guess(seen.size_bytes) if peak_bytes is None else Need(peak_bytes, measured=True)
@@ -123,12 +126,16 @@ class Loader:
     async def revive(self, slot: Slot, engine: IsolatedEngine) -> None:
         """Loads the version of a lost child into a new one; raises as `open`. Paced by nothing: the version serves nobody now."""
         loop = asyncio.get_running_loop()
-        path = repository.parse_uri(slot.artifact_uri)
         async with self._turn:
+            path = await loop.run_in_executor(self._beside, self._local, slot.artifact_uri, slot.digest, Hold())
             seen = await loop.run_in_executor(self._beside, repository.glance, path)
             order = replace(self._order(slot.version, path, slot.digest, seen), idle=False)  # its callers wait
             child, _ = await loop.run_in_executor(self._beside, self._try, order, Hold(), _silent)
             engine.adopt(child)
+
+    def _local(self, uri: str, digest: str, hold: Hold) -> Path:
+        """Where the artifact lies on this machine; in a thread, for it may have to be fetched."""
+        return self._remote.fetch(uri, digest, hold.step) if remote.is_remote(uri) else repository.parse_uri(uri)
 
     def _stays(self, seen: Glance) -> bool:
         large = seen.size_bytes >= self._policy.isolate_bytes

@@ -44,15 +44,19 @@ def versions(name: str, json_: bool) -> None:
 
 @model.command()
 @click.argument("name")
-@click.argument("artifact", type=click.Path(exists=True))
+@click.argument("artifact")
 @click.option("--swap/--no-swap", "and_swap", default=True, help="Move traffic to it at once.")
 @click.option("--reason", default="")
 def register(name: str, artifact: str, and_swap: bool, reason: str) -> None:
-    """Copy an ONNX file or a version folder into the repository as NAME's next version, and swap to it."""
+    """Copy an ONNX file or a version folder (a path, or s3://bucket/key) into the repository as NAME's next version, and swap to it."""
     from pathlib import Path
 
+    if "://" not in artifact and not Path(artifact).exists():
+        raise click.BadParameter(f"{artifact}: no such file or folder", param_hint="artifact")
+
     async def work(admin: AdminClient) -> dict[str, Any]:
-        version = await admin.register(name, str(Path(artifact).resolve()), reason=reason)  # noqa: ASYNC240  before any traffic
+        uri = artifact if "://" in artifact else str(Path(artifact).resolve())  # noqa: ASYNC240  before any traffic
+        version = await admin.register(name, uri, reason=reason)
         click.echo(f"models/{name}/versions/{version}")
         if not and_swap:
             return {"state": "COMPLETED"}
