@@ -9,12 +9,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto
 
+import onnx_models
 from interlock.core.retention import Better
 from interlock.errors import DataLoss
 from interlock.stores import artifacts, modelspec
 from interlock.training import Batches, ServeSpec, attach
-from interlock.training.export import OnnxExporter
+from interlock.training.export import OnnxExporter, _not_by_rows
 from interlock.training.run import Run, _info_of
 from interlock.training.terms import ExportOrder
 
@@ -82,6 +84,7 @@ def test_artifacts_of_two_checkpoints_answer_as_torch_does(
             ("logits", "FP32", (-1, 3)),
             ("action", "INT64", (-1,)),
         ]
+        assert spec.batching is None, "an argmax may fall to another class by a last digit"
         assert (spec.source["checkpoint"], spec.step) == (checkpoint, _info_of(loaded).step)
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
         answers.append(session.run(["logits"], {"obs": np.ones((3, 4), np.float32)})[0])
@@ -93,6 +96,22 @@ def test_artifacts_of_two_checkpoints_answer_as_torch_does(
     with pytest.raises(DataLoss):
         exporter.export(run._parts.store.load(ids[-1]), _info_of(run._parts.store.load(ids[-1])))
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "datatype", "why"),
+    [
+        (onnx_models.mlp((4, 8, 4)), np.float32, ""),
+        (onnx_models.softmax_over_rows(), np.float32, "output 'y' differs by"),
+        (onnx_models.identity(TensorProto.FLOAT, [7, 4]), np.float32, "the first dimension of 'x' is fixed"),
+        (onnx_models.identity(TensorProto.INT64, ["n", 4]), np.int64, "'x' has whole numbers"),
+    ],
+)
+def test_batching_is_written_only_where_it_was_shown(body: bytes, datatype: type, why: str) -> None:
+    session = onnxruntime.InferenceSession(body, providers=["CPUExecutionProvider"])
+    inputs = {"x": np.random.default_rng(0).standard_normal((7, 4)).astype(datatype)}
+    assert _not_by_rows(session, inputs).startswith(why)
+    assert bool(_not_by_rows(session, inputs)) == bool(why)
 
 
 def losses(tmp_path: Path, name: str, exporting: bool) -> list[float]:
@@ -123,4 +142,6 @@ def losses(tmp_path: Path, name: str, exporting: bool) -> list[float]:
 def test_an_export_does_not_touch_the_training(tmp_path: Path) -> None:
     """Tracing and comparing in a thread draw nothing from the global generators."""
     assert losses(tmp_path, "with", True) == losses(tmp_path, "without", False)
-    assert list((tmp_path / "runs/with/exports").iterdir())
+    exports = list((tmp_path / "runs/with/exports").iterdir())
+    assert exports
+    assert all(modelspec.read_spec(folder).batching == modelspec.BatchingSpec() for folder in exports)

@@ -5,7 +5,8 @@ another path with other last digits, so it must never run beside a training step
 only gets its weights written into the graph's initializers, which is safe beside the training. A graph that has no place for every weight
 is traced anew for each export, in the loop's own thread between two steps.
 
-    exports/<checkpoint>/model.toml   inputs, outputs, source (run, checkpoint, step, digest), figures of the comparison
+    exports/<checkpoint>/model.toml   inputs, outputs, source (run, checkpoint, step, digest), figures of the comparison, and [batching] where it was
+                                      shown that rows run together are answered as rows run alone
     exports/<checkpoint>/model.onnx
     exports/<checkpoint>/manifest.json
 """
@@ -23,13 +24,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import structlog
 import torch
 from onnx import numpy_helper
 
 from interlock.errors import FailedPrecondition, NotFound
 from interlock.stores import artifacts, modelspec
 from interlock.stores.checkpoints import Loaded
-from interlock.stores.modelspec import ModelSpec, TensorSpec
+from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
 from interlock.training.capture import Stateful, as_tensor, random_states, set_random_states
 from interlock.training.terms import CheckpointInfo, Result
 from interlock.training.tree import unpack
@@ -45,7 +47,10 @@ DATATYPES = {
 }
 BATCHES = (1, 2, 7)  # the sizes a comparison runs: one, the traced one, one that divides nothing
 MAX_ABS_ERROR = 1e-3
+ROWS_TOLERANCE = 1e-5  # of the largest element; a replica allows 1e-4 at warm-up, for other rows than these
 OPSET = 18
+
+_log = structlog.get_logger(__name__)
 
 
 class OnnxExporter:
@@ -180,7 +185,45 @@ class OnnxExporter:
                 "digest": info.digest,
             },
             export=figures,
+            batching=BatchingSpec() if self._is_by_rows(session) else None,
         )
+
+    def _is_by_rows(self, session: onnxruntime.InferenceSession) -> bool:
+        """True when it was shown that each row is answered by itself; else the log says why requests will not run together."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = {
+            name: _random_like(_rows(tensor, max(BATCHES)), generator).numpy() for name, tensor in self._example.items()
+        }
+        problem = _not_by_rows(session, inputs)
+        if problem:
+            _log.info("batching_not_shown", model=self._model, problem=problem)
+        return not problem
+
+
+def _not_by_rows(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]) -> str:
+    """Why rows may not run together, or that it can't be shown; empty when they may."""
+    ends = [*session.get_inputs(), *session.get_outputs()]
+    fixed = [node.name for node in ends if not node.shape or isinstance(node.shape[0], int)]
+    if fixed:
+        return f"the first dimension of {fixed[0]!r} is fixed"
+    same = [name for name, array in inputs.items() if array.dtype.kind != "f"]
+    if same:
+        return f"{same[0]!r} has whole numbers, of which one example is known: its rows are all alike"
+    together = session.run(None, inputs)
+    num_rows = max(BATCHES)
+    apart = [
+        session.run(None, {name: array[row : row + 1] for name, array in inputs.items()}) for row in range(num_rows)
+    ]
+    for index, (node, whole) in enumerate(zip(session.get_outputs(), together, strict=True)):
+        alone = np.concatenate([outputs[index] for outputs in apart])
+        if whole.dtype.kind != "f":
+            return f"output {node.name!r} has whole numbers, which a last digit elsewhere can turn into others"
+        if alone.shape != whole.shape:
+            return f"output {node.name!r} has shape {list(whole.shape)} for {num_rows} rows"
+        gap = np.abs(whole.astype(np.float64) - alone.astype(np.float64)).max(initial=0.0)
+        if not gap <= ROWS_TOLERANCE * max(float(np.abs(alone).max(initial=0.0)), 1e-30):
+            return f"output {node.name!r} differs by {gap:.3g} when {num_rows} rows run together"
+    return ""
 
 
 def _owner(module: torch.nn.Module, components: Mapping[str, Stateful]) -> str:
