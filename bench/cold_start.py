@@ -62,8 +62,7 @@ def environment(home: Path) -> dict[str, str]:
     found = {f"INTERLOCK_{name}_PORT": str(s.getsockname()[1]) for name, s in zip(PORTS, sockets, strict=True)}
     for s in sockets:
         s.close()
-    replicas = f'["127.0.0.1:{found["INTERLOCK_INFERENCE_PORT"]}"]'
-    return {**os.environ, **found, "INTERLOCK_HOME": str(home), "INTERLOCK_CONTROLLER_REPLICAS": replicas}
+    return {**os.environ, **found, "INTERLOCK_HOME": str(home)}
 
 
 def post(env: dict[str, str], path: str, body: bytes) -> bool:

@@ -142,11 +142,9 @@ def environment(home: Path, **settings: str) -> dict[str, str]:
     """The environment of rooms on free ports, isolated from this process's own settings."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("INTERLOCK_")}
     ports = {f"INTERLOCK_{name}": str(port) for name, port in zip(ROOM_PORTS, free_ports(len(ROOM_PORTS)), strict=True)}
-    replicas = f'["127.0.0.1:{ports["INTERLOCK_INFERENCE_PORT"]}"]'
     paths = os.pathsep.join([*map(str, PATHS), clean.get("PYTHONPATH", "")])
     return clean | ports | {
         "INTERLOCK_HOME": str(home),
-        "INTERLOCK_CONTROLLER_REPLICAS": replicas,
         "INTERLOCK_PROBE_INTERVAL_SECONDS": "0",
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": "1",

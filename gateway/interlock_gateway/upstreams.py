@@ -1,4 +1,4 @@
-"""The gateway's lines to the other rooms: one channel each, the stubs on them, and what is cached of their answers."""
+"""The gateway's lines to the other rooms: one channel each (one per replica, `spread`), the stubs on them, and what is cached of their answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from grpc import aio
 from prometheus_client import CollectorRegistry
 
 from interlock.api.controller.v1.model_service_pb2_grpc import ModelServiceStub
@@ -25,9 +24,10 @@ from interlock.runtime.access import KEY_HEADER
 from interlock.runtime.channels import Caller, open_channel
 from interlock.runtime.infer import Answerer, InferAnswer, InferRequest
 from interlock.runtime.settings import Settings
-from interlock.runtime.status import from_rpc_error, translated
+from interlock.runtime.status import translated
 from interlock.runtime.streams import until
 from interlock_gateway import codec
+from interlock_gateway.spread import spread
 
 CALL_SECONDS = 5.0
 SIGNATURE_SECONDS = 5.0
@@ -82,13 +82,6 @@ class Upstreams:
 
     async def _infer(self, request: InferRequest, timeout: float, traceparent: str) -> InferAnswer:
         metadata = ((KEY_HEADER, self.caller.key), ("traceparent", traceparent))
-        try:
-            return cast(InferAnswer, await self.infer(request, timeout=timeout, metadata=metadata))
-        except aio.AioRpcError as failed:
-            error = from_rpc_error(failed)
-            if error.reason != "DRAINING":
-                raise error from failed
-        # Refused before it was started: the one case in which trying again cannot run it twice.
         return cast(InferAnswer, await translated(self.infer(request, timeout=timeout, metadata=metadata)))
 
     async def signature(self, model: str) -> Any:
@@ -114,13 +107,14 @@ async def upstreams(
     """Opens the channels; they connect when first used and close with the block. Watches end when `stopping` is set.
 
     Args:
-        near: a replica of this process, asked instead of the one at `inference_address`.
+        near: a replica of this process, asked instead of those at `replica_addresses`.
     """
     async with (
-        open_channel(settings.inference_address) as inference,
+        spread(settings.replica_addresses, clock) as replicas,
         open_channel(settings.trainer_address) as trainer,
         open_channel(settings.controller_address) as controller,
     ):
+        inference: Any = replicas  # what the stubs need of a channel
         yield Upstreams(
             caller=Caller(key),
             clock=clock,

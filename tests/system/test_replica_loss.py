@@ -15,9 +15,8 @@ import onnx_models
 from controller_world import Controller, a_controller, state_of
 from interlock.api.controller.v1 import swap_service_pb2
 from interlock.api.inference.v1 import runtime_service_pb2
-from replica_world import Remote, a_replica
+from replica_world import Remote, a_process, a_replica
 from system.test_controller_kill import Load
-from system.test_inference_kill import a_process
 
 pytestmark = pytest.mark.system
 

@@ -67,7 +67,7 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
         stack.callback(store.close)
         repository = ModelRepository(config.home / "models")
         repository.clear_scratch()
-        clients = {address: ReplicaClient(address, caller) for address in own.replicas}
+        clients = {address: ReplicaClient(address, caller) for address in config.replica_addresses}
         trainer = TrainerClient(config.trainer_address, caller)
         stack.push_async_callback(trainer.close)
         for client in clients.values():

@@ -26,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from interlock.errors import FailedPrecondition, InterlockError
 from interlock.runtime.channels import Caller, open_channel
-from interlock.runtime.settings import Settings
+from interlock.runtime.settings import REPLICA_PORTS, Settings
 
 MISCONFIGURED = 2
 BACKOFF_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -52,17 +52,34 @@ class Room:
     process: asyncio.subprocess.Process | None = None
     was_up: bool = False
     log: Path = field(default_factory=Path)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def rooms_of(settings: Settings) -> list[Room]:
-    """The four rooms: what others need comes first, and is stopped last."""
+    """The four rooms, one process each but for more replicas: what others need comes first, and is stopped last."""
     gateway = settings.trainer_address.rsplit(":", 1)[0] + f":{settings.gateway.port}"
     return [
-        Room("inference", "interlock_inference", settings.inference_address),
+        *(_replica(settings, number) for number in range(settings.inference.replicas)),
         Room("controller", "interlock_controller", settings.controller_address),
         Room("trainer", "interlock_trainer", settings.trainer_address),
         Room("gateway", "interlock_gateway", gateway, is_grpc=False),
     ]
+
+
+def _replica(settings: Settings, number: int) -> Room:
+    """The first has the ports that are set; the others get theirs through the environment."""
+    own, step = settings.inference, REPLICA_PORTS * number
+    room = Room(
+        f"inference-{number + 1}" if number else "inference",
+        "interlock_inference",
+        settings.inference_addresses[number],
+    )
+    if number:
+        room.environment = {
+            "INTERLOCK_INFERENCE_PORT": str(own.port + step),
+            "INTERLOCK_INFERENCE_METRICS_PORT": str(own.metrics_port + step),
+        }
+    return room
 
 
 class Supervisor:
@@ -142,7 +159,8 @@ class Supervisor:
     async def _start(self, room: Room) -> None:
         with room.log.open("ab") as log:
             room.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", room.module, stdout=log, stderr=log, stdin=asyncio.subprocess.DEVNULL, env=self._environment(),
+                sys.executable, "-m", room.module, stdout=log, stderr=log, stdin=asyncio.subprocess.DEVNULL,
+                env=self._environment() | room.environment,
                 start_new_session=True,  # a Ctrl-C at the terminal reaches us alone; we stop the rooms in order
                 preexec_fn=_die_with_parent,
             )  # fmt: skip

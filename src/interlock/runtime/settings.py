@@ -22,11 +22,19 @@ if TYPE_CHECKING:
 PREFIX = "INTERLOCK_"
 OTHER_NAMES = frozenset({"INTERLOCK_CONFIG", "INTERLOCK_API_KEY", "INTERLOCK_FAILPOINT", "INTERLOCK_SIM_SEEDS"})
 """Variables that are read elsewhere: the file's place, the command line's key, fault injection, the simulator's test volume."""
+REPLICA_PORTS = 10
+"""From one replica's ports to the next one's."""
 
 
 class InferenceSettings(Group):
-    """One replica."""
+    """One replica, and how many of them `interlock up` runs on this machine."""
 
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="inference processes that `interlock up` runs; the second has port + 10 and metrics_port + 10, the third + 20 ...",
+    )
     port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 takes a free one")
     metrics_port: int = Field(9101, ge=0, le=65535, description="HTTP port of /metrics and /health; 0 takes a free one")
     warmup_iterations: int = Field(
@@ -130,7 +138,7 @@ class ControllerSettings(Group):
     port: int = Field(8003, ge=0, le=65535, description="gRPC port; 0 takes a free one")
     metrics_port: int = Field(9103, ge=0, le=65535, description="HTTP port of /metrics and /health; 0 takes a free one")
     replicas: list[str] = Field(
-        default_factory=lambda: ["127.0.0.1:8001"], description="gRPC addresses of the replicas"
+        default_factory=list, description="gRPC addresses of the replicas; empty: those that `interlock up` runs here"
     )
     tick_seconds: float = Field(0.5, gt=0, description="longest time between two looks at the world")
 
@@ -175,8 +183,19 @@ class Settings(Group):
 
     @property
     def inference_address(self) -> str:
-        """Where the gateway finds the replica."""
-        return f"{_reachable(self.host)}:{self.inference.port}"
+        """Where the first replica of this machine is found."""
+        return self.inference_addresses[0]
+
+    @property
+    def inference_addresses(self) -> list[str]:
+        """Where the replicas of this machine are found."""
+        own = self.inference
+        return [f"{_reachable(self.host)}:{own.port + REPLICA_PORTS * number}" for number in range(own.replicas)]
+
+    @property
+    def replica_addresses(self) -> list[str]:
+        """All replicas, here or elsewhere: what the controller commands and the gateway spreads over."""
+        return self.controller.replicas or self.inference_addresses
 
     @property
     def trainer_address(self) -> str:

@@ -50,7 +50,6 @@ def _free_ports() -> None:
     for name, listener in zip(PORTS, sockets, strict=True):
         os.environ[f"INTERLOCK_{name}"] = str(listener.getsockname()[1])
         listener.close()
-    os.environ["INTERLOCK_CONTROLLER_REPLICAS"] = f'["127.0.0.1:{os.environ["INTERLOCK_INFERENCE_PORT"]}"]'
 
 
 def _missing() -> str:
