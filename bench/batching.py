@@ -54,6 +54,7 @@ class Call:
     outputs: Sequence[str] = ()
     deadline: float | None = None
     priority = 0
+    has_images = False
 
     def __init__(self, model: str, inputs: dict[str, Array]) -> None:
         self.model = model

@@ -74,6 +74,7 @@ class Call:
     outputs: Sequence[str] = ()
     deadline: float | None = None
     priority: int = 0
+    has_images: bool = False
 
     def decode(self, slot: Slot) -> dict[str, Array]:
         return self.inputs

@@ -54,6 +54,7 @@ class Call:
     outputs: Sequence[str] = ()
     deadline: float | None = None
     priority: int = 0
+    has_images: bool = False
     decoded: list[str] = field(default_factory=list)
 
     def decode(self, slot: Slot) -> dict[str, Array]:

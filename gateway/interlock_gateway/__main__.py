@@ -26,7 +26,7 @@ from interlock.runtime.telemetry import telemetry
 from interlock_gateway import web
 from interlock_gateway.app import Gateway
 from interlock_gateway.http import Protocol
-from interlock_gateway.predict import Predictor
+from interlock_gateway.predict import Limits, Predictor
 from interlock_gateway.upstreams import upstreams
 
 _log = structlog.get_logger(__name__)
@@ -49,12 +49,14 @@ async def serve(config: Settings, stopping: asyncio.Event, started: Callable[[in
         own = config.gateway
         near = await stack.enter_async_context(_inline("replica")(config, keys, stopping)) if own.inline else None
         up = await stack.enter_async_context(upstreams(config, keys.internal_key(), clock, stopping, near))
-        predictor = Predictor(up, near.answerer if near else up, own.predict_timeout_seconds, own.default_model)
+        limits = Limits(own.max_upload_mb << 20, own.max_batch_files)
+        predictor = Predictor(up, near.answerer if near else up, own.predict_timeout_seconds, own.default_model, limits)
         application = Gateway(
             predictor,
             web.build(config, up, predictor, keys, *([near.metrics] if near else [])),
             keys,
             max_body_bytes=own.max_body_mb << 20,
+            max_batch_bytes=own.max_batch_mb << 20,
             receive_seconds=own.receive_timeout_seconds,
             host=config.host,
         )

@@ -20,7 +20,7 @@ from interlock.runtime import telemetry
 from interlock.runtime.access import Keys, Scope, require
 from interlock.runtime.settings import is_loopback
 from interlock_gateway import metrics, problems
-from interlock_gateway.predict import INFER_TEMPLATE, Answer, Predictor, infer_route, is_prediction
+from interlock_gateway.predict import BATCH, INFER_TEMPLATE, Answer, Predictor, infer_route, is_prediction
 
 Scope_ = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -78,7 +78,7 @@ class Gateway:
 
     Args:
         web: everything that is not a prediction.
-        max_body_bytes: largest request body.
+        max_body_bytes: largest request body; `max_batch_bytes` that of `/batch`.
         receive_seconds: the longest that a request may take to come in.
         host: the address listened on; on loopback only local names are answered, so that a page in a browser cannot reach it by rebinding.
     """
@@ -90,11 +90,13 @@ class Gateway:
         keys: Keys,
         *,
         max_body_bytes: int,
+        max_batch_bytes: int = 64 << 20,
         receive_seconds: float = 30.0,
         host: str = "127.0.0.1",
     ) -> None:
         self.max_body_bytes = max_body_bytes
         self.receive_seconds = receive_seconds
+        self._max_batch_bytes = max_batch_bytes
         self._predictor = predictor
         self._web = web
         self._keys = keys
@@ -179,7 +181,9 @@ class Gateway:
         headers = dict(scope["headers"])
         ids = _ids(headers)
         try:
-            await self._answer(scope, headers, ids, self._limited(receive, sent), _noted(send, sent, ids))
+            await self._answer(
+                scope, headers, ids, self._limited(receive, sent, scope["path"]), _noted(send, sent, ids)
+            )
         finally:
             endpoint = str(scope.get("endpoint_template") or getattr(scope.get("route"), "path", "unknown"))
             verb = scope["method"] if scope["method"] in METHODS else "OTHER"
@@ -190,7 +194,7 @@ class Gateway:
         path = scope["path"]
         try:
             self._check_host(headers)
-            self._check_size(int(headers.get(b"content-length", b"0")))
+            self._check_size(int(headers.get(b"content-length", b"0")), path)
             if is_prediction(scope["method"], path):
                 scope["endpoint_template"] = INFER_TEMPLATE if infer_route(path) else path
                 await self._predict(scope, headers, ids, receive, send)
@@ -236,23 +240,25 @@ class Gateway:
             )
         self._local_host = given  # the next request most likely says the same
 
-    def _limited(self, receive: Receive, sent: _Sent) -> Receive:
+    def _limited(self, receive: Receive, sent: _Sent, path: str) -> Receive:
         async def limited() -> MutableMapping[str, Any]:
             message = await receive()
             sent.request_bytes += len(message.get("body", b""))
-            self._check_size(sent.request_bytes)
+            self._check_size(sent.request_bytes, path)
             return message
 
         return limited
 
-    def _check_size(self, num_bytes: int) -> None:
-        if num_bytes > self.max_body_bytes:
+    def _check_size(self, num_bytes: int, path: str) -> None:
+        if path == BATCH and num_bytes > self._max_batch_bytes:
+            raise _too_large(self._max_batch_bytes, "gateway.max_batch_mb")
+        if path != BATCH and num_bytes > self.max_body_bytes:
             raise _too_large(self.max_body_bytes)
 
 
-def _too_large(max_bytes: int) -> InterlockError:
+def _too_large(max_bytes: int, setting: str = "gateway.max_body_mb") -> InterlockError:
     limit = str(max_bytes >> 20)
-    message = f"body: more than {limit} MiB (gateway.max_body_mb)"
+    message = f"body: more than {limit} MiB ({setting})"
     return ResourceExhausted(message, reason=problems.TOO_LARGE, field="body", metadata={"limit_mib": limit})
 
 

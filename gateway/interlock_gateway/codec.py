@@ -227,6 +227,11 @@ def plain(array: Array, datatype: str) -> Any:
     return text.reshape(array.shape).tolist()
 
 
+def listed(array: Array, datatype: str) -> Any:
+    """An output as lists of plain values, rows first."""
+    return plain(array, datatype) if datatype == "BYTES" else array.tolist()
+
+
 def infer_response(answer: InferAnswer, wanted: Mapping[str, bool], traceparent: str = "") -> tuple[bytes, int | None]:
     """(body, length of its JSON part or None when all of it is JSON) of an answer."""
     binary: list[Buffer] = []

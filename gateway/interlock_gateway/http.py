@@ -3,6 +3,7 @@
 Rules of this file
 - Only a plain prediction on an idle connection takes the short way; everything else goes to the ASGI application, which answers predictions too.
 - A caller that hangs up cancels its prediction.
+- A request that is answered before it is there in whole is read on for a moment and thrown away: to hang up at once would lose the answer.
 - A request that is not there in whole after `receive_seconds` is answered 408 and the connection is closed.
 """
 
@@ -16,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from interlock_gateway.app import Gateway, Reply
 
+LINGER_SECONDS = 1.0
 ONE_WRITE_BYTES = 1 << 16
 """A larger body is not worth copying behind its headers."""
 
@@ -62,6 +64,7 @@ class Protocol(HttpToolsProtocol):
     cycle: Any
     _predicting: _Prediction | None = None
     _receiving = False
+    _lingering = False
     _timer: asyncio.TimerHandle | None = None
     _heard_at = 0.0
 
@@ -69,6 +72,8 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Also watches how long a request takes to come in."""
+        if self._lingering:
+            return
         super().data_received(data)
         if self._receiving:
             if self._timer is None and not self.transport.is_closing():
@@ -155,12 +160,12 @@ class Protocol(HttpToolsProtocol):
             self.transport.write(head)
             self.transport.write(body)
         cycle.response_started = cycle.response_complete = True
-        if not cycle.keep_alive:
+        if not cycle.keep_alive and not self._receiving:
             self.transport.close()
         self.on_response_complete()
 
     def _refuse(self, reply: Reply) -> None:
-        """Answers before the request was read, and hangs up: what is left of it is not worth reading."""
+        """Answers before the request was read, and hangs up."""
         self.cycle.keep_alive = False
         self._reply(self.cycle, reply)
 
@@ -176,7 +181,11 @@ class Protocol(HttpToolsProtocol):
             return
         self._heard_at = self.loop.time()
         self.flow.resume_reading()
-        if self.pipeline:
+        if self._receiving:
+            self._lingering = True
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        elif self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         elif self.timeout_keep_alive_task is None:
             self._keep_alive_for(self.timeout_keep_alive)
@@ -198,16 +207,18 @@ class Protocol(HttpToolsProtocol):
     # --- ends ---
 
     def _too_slow(self) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._lingering:
             return
         if self.cycle is None or self.cycle.response_complete:
             self.cycle = _Prediction("", {})  # not even its headers came
         if self.cycle.response_started:
             self.transport.close()
             return
-        cycle = _Prediction(self.url.decode("latin-1"), {})
+        cycle, waiting = _Prediction(self.url.decode("latin-1"), {}), self.cycle
         cycle.keep_alive = False
         self._reply(cycle, self.app.too_slow(cycle.path))
+        waiting.disconnected = True  # the application, if it waits for the rest
+        waiting.message_event.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """A prediction whose caller has gone is cancelled, behind its own start: one that never starts would keep what it holds."""

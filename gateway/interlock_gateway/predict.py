@@ -1,4 +1,4 @@
-"""The prediction routes, without a framework: `/v2/models/{model}[/versions/{version}]/infer` and `/predict`.
+"""The prediction routes, without a framework: `/v2/models/{model}[/versions/{version}]/infer`, `/predict` and `/batch`.
 
 A prediction costs one JSON parse, one hop (none in the inline form) and one JSON dump; everything else of HTTP (documentation, validation
 models, middleware) would cost more than the model, so it stands in `web`.
@@ -7,21 +7,26 @@ models, middleware) would cost more than the model, so it stands in `web`.
 from __future__ import annotations
 
 import re
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import orjson
 
 from interlock.api.oip import messages
-from interlock.errors import FailedPrecondition, NotFound
+from interlock.errors import FailedPrecondition, InterlockError, InvalidArgument, NotFound
+from interlock.runtime.images import IMAGE, LABELS, SCORES
 from interlock.runtime.infer import Answerer, InferAnswer, InferRequest, Tensor
-from interlock_gateway import codec
+from interlock_gateway import codec, problems, uploads
+from interlock_gateway.uploads import File
 from interlock_gateway.upstreams import Upstreams
 
 INFER_PATH = re.compile(r"/v2/models/([^/?%]+)(?:/versions/([^/?%]+))?/infer")
 INFER_TEMPLATE = "/v2/models/{model}/infer"
+PREDICT, BATCH = "/predict", "/batch"
+IMAGE_PLACE = re.compile(r"image\[(\d+)\]")
 IDENTITY = "interlock-"
 """Response parameters with this prefix say which weights answered; each is also a header of the same name."""
 BINARY_LENGTH = b"inference-header-content-length"
@@ -29,6 +34,34 @@ _JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
 
 Headers = Mapping[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of uploads: bytes of one file, files of one `/batch`."""
+
+    upload_bytes: int = 20 << 20
+    files: int = 64
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What the images of one upload are asked with."""
+
+    model: str
+    version: str
+    request_id: str
+    headers: Headers
+    traceparent: str
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was answered for images: by whom, and a body per image."""
+
+    model: str
+    parameters: Mapping[str, Any]
+    rows: list[dict[str, Any]]
 
 
 @dataclass(slots=True)
@@ -49,8 +82,14 @@ class Predictor:
     """
 
     def __init__(
-        self, upstreams: Upstreams, answerer: Answerer, timeout_seconds: float, default_model: str = ""
+        self,
+        upstreams: Upstreams,
+        answerer: Answerer,
+        timeout_seconds: float,
+        default_model: str = "",
+        limits: Limits = Limits(),
     ) -> None:
+        self._limits = limits
         self._up = upstreams
         self._answerer = answerer
         self._timeout = timeout_seconds
@@ -60,6 +99,8 @@ class Predictor:
         """Answers at once if it can, else returns what to await, which must be started. Raises InterlockError."""
         route = infer_route(path)
         if route is None:
+            if path == BATCH or uploads.is_upload(headers):
+                return self._images(path, headers, body, traceparent)
             return self._predict(headers, body, traceparent)
         length = headers.get(BINARY_LENGTH)
         if length is not None and not length.isdigit():
@@ -84,12 +125,64 @@ class Predictor:
         request = InferRequest(model, str(document.get("version") or ""), str(document.get("id") or ""), tensors)
         answer = await self.ask(request, headers, traceparent)
         outputs = {tensor.name: codec.plain(tensor.array(), tensor.datatype) for tensor in answer.outputs}
-        identity = {
-            name.removeprefix(IDENTITY): value for name, value in answer.parameters.items() if name.startswith(IDENTITY)
-        }
+        identity = _plain_identity(answer.parameters)
         reply = {"model": model, **identity, "version": answer.version, "traceparent": traceparent, "outputs": outputs}
         text = orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
         return Answer(text, [_JSON, *_identity(answer.parameters)])
+
+    async def _images(self, path: str, headers: Headers, body: bytes, traceparent: str) -> Answer:
+        """Uploaded images: one to `/predict`, several to `/batch`, where each is answered or refused by itself."""
+        limits = self._limits
+        upload = uploads.read(headers, body, files_max=limits.files if path == BATCH else 1)
+        model = upload.fields.get("model") or await self.only_model()
+        asked = _Asked(model, upload.fields.get("version", ""), upload.fields.get("id", ""), headers, traceparent)
+        if path != BATCH:
+            uploads.check(upload.files[0], 0, max_bytes=limits.upload_bytes)
+            seen = await self._ask_images(asked, upload.files)
+            return _image_answer(seen, traceparent, {"file": upload.files[0].name, **seen.rows[0]})
+        refused: dict[int, InterlockError] = {}
+        for index, file in enumerate(upload.files):
+            try:
+                uploads.check(file, index, max_bytes=limits.upload_bytes)
+            except InterlockError as error:
+                refused[index] = error
+        good = [index for index in range(len(upload.files)) if index not in refused]
+        seen = await self._each(asked, upload.files, good, refused)
+        results = [
+            {"file": file.name, "error": problems.problem(refused[index])}
+            if index in refused
+            else {"file": file.name, **seen.rows[good.index(index)]}
+            for index, file in enumerate(upload.files)
+        ]
+        counts = {"num_ok": len(good), "num_failed": len(refused)}
+        return _image_answer(seen, traceparent, {**counts, "results": results})
+
+    async def _each(
+        self, asked: _Asked, files: Sequence[File], good: list[int], refused: dict[int, InterlockError]
+    ) -> _Seen:
+        """All good files in one request; where that fails for one of them, it joins the refused and the others are asked again.
+
+        Raises:
+            InterlockError: what is not one file's fault.
+        """
+        while good:
+            try:
+                return await self._ask_images(asked, [files[index] for index in good])
+            except InvalidArgument as error:
+                place = IMAGE_PLACE.match(error.field)
+                if place is None or int(place[1]) >= len(good):
+                    raise
+                refused[good.pop(int(place[1]))] = error
+        return _Seen(asked.model, {}, [])
+
+    async def _ask_images(self, asked: _Asked, files: Sequence[File]) -> _Seen:
+        images = np.empty(len(files), dtype=object)
+        images[:] = [file.body for file in files]
+        tensor = Tensor(IMAGE, "BYTES", [len(files)], images)
+        request = InferRequest(asked.model, asked.version, asked.request_id, [tensor])
+        answer = await self.ask(request, asked.headers, asked.traceparent)
+        outputs = {output.name: codec.listed(output.array(), output.datatype) for output in answer.outputs}
+        return _Seen(answer.model, {**answer.parameters, "version": answer.version}, _rows(outputs, len(files)))
 
     async def ask(self, request: InferRequest, headers: Headers, traceparent: str) -> InferAnswer:
         """One prediction within the caller's time."""
@@ -120,6 +213,35 @@ class Predictor:
         raise FailedPrecondition(
             f"model: several serve, name one of {', '.join(names)}", reason="MODEL_AMBIGUOUS", field="model"
         )
+
+
+def _image_answer(seen: _Seen, traceparent: str, body: Mapping[str, Any]) -> Answer:
+    identity = _plain_identity(seen.parameters)
+    version = seen.parameters.get("version", "")
+    reply = {"model": seen.model, **identity, "version": version, "traceparent": traceparent, **body}
+    return Answer(orjson.dumps(reply), [_JSON, *_identity(seen.parameters)])
+
+
+def _rows(outputs: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
+    """One body per image: labels with their scores where the version makes them, else the rows of its outputs."""
+    if LABELS in outputs and SCORES in outputs:
+        pairs = zip(outputs[LABELS], outputs[SCORES], strict=True)
+        return [
+            {"predictions": [{"label": label, "score": score} for label, score in zip(*pair, strict=True)]}
+            for pair in pairs
+        ]
+    whole = {
+        name: values for name, values in outputs.items() if not isinstance(values, list) or len(values) != num_images
+    }
+    if whole:
+        raise FailedPrecondition(
+            f"output {min(whole)!r} has no row per image; ask this model with tensors", reason="POSTPROCESS_FAILED"
+        )
+    return [{"outputs": {name: values[row] for name, values in outputs.items()}} for row in range(num_images)]
+
+
+def _plain_identity(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(IDENTITY): value for name, value in parameters.items() if name.startswith(IDENTITY)}
 
 
 async def _later(begun: Coroutine[Any, Any, InferAnswer], wanted: Mapping[str, bool], traceparent: str) -> Answer:
@@ -194,4 +316,4 @@ def infer_route(path: str) -> tuple[str, str] | None:
 
 def is_prediction(method: str, path: str) -> bool:
     """True for the routes that this module answers."""
-    return method == "POST" and (path == "/predict" or infer_route(path) is not None)
+    return method == "POST" and (path in (PREDICT, BATCH) or infer_route(path) is not None)

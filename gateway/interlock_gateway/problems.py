@@ -30,10 +30,16 @@ HTTP_STATUS: Mapping[str, int] = {
     "DEADLINE_EXCEEDED": 504,
 }
 TOO_LARGE, TOO_SLOW = "BODY_TOO_LARGE", "SLOW_REQUEST"
-_OWN_STATUS: Mapping[str, int] = {TOO_LARGE: 413, TOO_SLOW: 408}
+_OWN_STATUS: Mapping[str, int] = {
+    TOO_LARGE: 413,
+    TOO_SLOW: 408,
+    "IMAGE_TOO_LARGE": 413,
+    "TOO_MANY_FILES": 413,
+    "UNSUPPORTED_IMAGE": 415,
+    "NO_IMAGES": 415,
+    "INVALID_IMAGE": 422,
+}
 """Reasons that HTTP has a status of its own for."""
-_HANGS_UP = frozenset(_OWN_STATUS)
-"""What is left of these bodies is not worth reading."""
 
 
 def status_of(error: InterlockError) -> int:
@@ -79,8 +85,6 @@ def response(
     headers = [(b"content-type", b"application/problem+json")]
     if error.retry_after_seconds is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_seconds))).encode()))
-    if error.reason in _HANGS_UP:
-        headers.append((b"connection", b"close"))
     if status_of(error) == 401:
         headers.append((b"www-authenticate", b'ApiKey realm="interlock"'))
     return status_of(error), headers, orjson.dumps(body)

@@ -26,6 +26,7 @@ from interlock_gateway.upstreams import Upstreams
 DOCUMENTATION = frozenset({"/docs", "/openapi.json", "/docs/oauth2-redirect"})
 PREDICTIONS = (
     ("POST", "/predict", Scope.INFER),
+    ("POST", "/batch", Scope.INFER),
     ("POST", "/v2/models/{model}/infer", Scope.INFER),
     ("POST", "/v2/models/{model}/versions/{version}/infer", Scope.INFER),
 )

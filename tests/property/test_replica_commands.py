@@ -35,7 +35,7 @@ COUNTER = itertools.count()
 class Call:
     """A request for whatever the route picks, or for one version."""
 
-    model, request_id, deadline, priority = "policy", "", None, 0
+    model, request_id, deadline, priority, has_images = "policy", "", None, 0, False
     outputs: Sequence[str] = ()
 
     def __init__(self, version: str = "") -> None:

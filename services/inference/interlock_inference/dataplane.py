@@ -35,6 +35,8 @@ class Call(Protocol):
     """On time.monotonic's clock."""
     priority: int
     """1 goes first; 0 means the model's default. Counts only where a model has levels and requests wait."""
+    has_images: bool
+    """Its inputs are encoded images: to decode them takes a thread."""
 
     def decode(self, slot: Slot) -> dict[str, Array]:
         """The inputs by name, checked against the slot's signature; raises InvalidArgument."""
@@ -112,14 +114,17 @@ class DataPlane:
         handle = self._registry.admit(call.model, call.version, call.request_id)
         slot = handle.slot
         try:
+            if call.has_images:
+                self._check_room(slot)
+                return self._seen(call, handle, start)
             inputs = call.decode(slot)
-            names = _wanted(call.outputs, slot)
+            names = _wanted(call, slot)
             _check_deadline(call.deadline)
             decoded = time.perf_counter_ns()
             if not self._is_short(slot, inputs):
                 self._check_room(slot)
                 return self._later(call, handle, inputs, names, (start, decoded))
-            outputs = run_now(slot, inputs, names)
+            outputs = _run_whole(slot, inputs, names)
         except InterlockError as error:
             handle.release()
             self._count_failure(slot, start, error)
@@ -132,20 +137,45 @@ class DataPlane:
         self._count(slot, inputs, Ran(decoded, 0, outputs), (start, decoded, ended))
         return Reply(slot, handle.epoch, names, outputs)
 
+    async def _seen(self, call: Call, handle: Handle, start: int) -> Reply:
+        """Decodes images in a worker thread, then goes on as any request."""
+        self._num_queued += 1
+        try:
+            waiting = asyncio.wrap_future(self._pool.submit(call.decode, handle.slot))
+            try:
+                inputs = await waiting
+            finally:
+                waiting.cancel()
+                self._num_queued -= 1
+            names = _wanted(call, handle.slot)
+            _check_deadline(call.deadline)
+        except InterlockError as error:
+            handle.release()
+            self._count_failure(handle.slot, start, error)
+            raise
+        except BaseException:
+            handle.release()
+            raise
+        return await self._later(call, handle, inputs, names, (start, time.perf_counter_ns()))
+
     async def _later(
         self, call: Call, handle: Handle, inputs: dict[str, Array], names: Sequence[str], marks: tuple[int, int]
     ) -> Reply:
         slot, (start, decoded) = handle.slot, marks
+        engine_names = slot.processing.engine_names(names) if slot.processing is not None else names
         try:
             if slot.lane is None:
-                ran = await self._in_thread(handle, inputs, names, call.deadline)
+                ran = await self._in_thread(handle, inputs, engine_names, call.deadline)
             else:
-                ran = await self._turns.answer(handle, inputs, names, call.deadline, call.priority)
+                ran = await self._turns.answer(handle, inputs, engine_names, call.deadline, call.priority)
+            outputs = ran.outputs
+            if slot.processing is not None:
+                outputs = slot.processing.finish(names, engine_names, outputs)
         except InterlockError as error:
             self._count_failure(slot, start, error)
             raise
         self._count(slot, inputs, ran, (start, decoded, time.perf_counter_ns()))
-        return Reply(slot, handle.epoch, names, ran.outputs)
+        return Reply(slot, handle.epoch, names, outputs)
 
     def _is_short(self, slot: Slot, inputs: Mapping[str, Array]) -> bool:
         warmup = slot.warmup
@@ -218,9 +248,11 @@ class DataPlane:
         self._observer.finished(slot, nanoseconds / 1e9, error)
 
 
-def _wanted(outputs: Sequence[str], slot: Slot) -> Sequence[str]:
+def _wanted(call: Call, slot: Slot) -> Sequence[str]:
+    outputs = call.outputs
     if not outputs:
-        return slot.output_names
+        labels = slot.processing.specs if call.has_images and slot.processing is not None else None
+        return tuple(labels) if labels else slot.output_names
     for index, name in enumerate(outputs):
         if name not in slot.output_specs:
             raise InvalidArgument(
@@ -243,6 +275,14 @@ def run_now(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str]) -> li
     """Runs a held slot's engine in this thread."""
     assert slot.opened is not None, "a held slot keeps its engine"
     return slot.opened.engine.run(inputs, names)
+
+
+def _run_whole(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+    """Runs a held slot's engine in this thread, and what the version does behind it."""
+    if slot.processing is None:
+        return run_now(slot, inputs, names)
+    engine_names = slot.processing.engine_names(names)
+    return slot.processing.finish(names, engine_names, run_now(slot, inputs, engine_names))
 
 
 def _run_late(slot: Slot, inputs: Mapping[str, Array], names: Sequence[str], deadline: float | None) -> Ran:

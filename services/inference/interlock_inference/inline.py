@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from interlock.errors import DeadlineExceeded
 from interlock.runtime.access import Keys
+from interlock.runtime.images import IMAGE
 from interlock.runtime.infer import InferAnswer, InferRequest, Tensor
 from interlock.runtime.settings import Settings
 from interlock_inference import audit, tensors
@@ -26,7 +27,7 @@ from interlock_inference.dataplane import DataPlane, Reply
 from interlock_inference.engines import Array
 from interlock_inference.listener import listening
 from interlock_inference.parts import assembled
-from interlock_inference.servicers.codec import identity, whole_priority
+from interlock_inference.servicers.codec import identity, whole_priority, with_images
 from interlock_inference.slots import Slot
 from interlock_inference.tensors import Described
 
@@ -36,7 +37,7 @@ _log = structlog.get_logger(__name__)
 class _Call:
     """A request as the data plane takes it."""
 
-    __slots__ = ("_request", "deadline", "model", "outputs", "priority", "request_id", "version")
+    __slots__ = ("_request", "deadline", "has_images", "model", "outputs", "priority", "request_id", "version")
 
     def __init__(self, request: InferRequest, deadline: float) -> None:
         self._request = request
@@ -44,6 +45,10 @@ class _Call:
         self.version = request.version
         self.request_id = request.request_id
         self.outputs: Sequence[str] = request.outputs
+        self.has_images = False
+        for tensor in request.inputs:
+            if tensor.name == IMAGE and tensor.datatype == "BYTES":
+                self.has_images = True
         self.deadline: float | None = deadline
         self.priority = whole_priority(request.parameters["priority"]) if "priority" in request.parameters else 0
 
@@ -51,13 +56,15 @@ class _Call:
         """The inputs by name, checked against the slot's signature; views on the request's bytes where they came raw."""
         inputs = self._request.inputs
         described = tuple([Described(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in inputs])
+        if self.has_images:
+            given = {tensor.name: self._array(described[index], index) for index, tensor in enumerate(inputs)}
+            return with_images(slot, described, given)
         slot.check(described)
-        return {
-            tensor.name: tensor.data
-            if isinstance(tensor.data, np.ndarray)
-            else tensors.decode_raw(described[index], tensor.data, index)
-            for index, tensor in enumerate(inputs)
-        }
+        return {tensor.name: self._array(described[index], index) for index, tensor in enumerate(inputs)}
+
+    def _array(self, described: Described, index: int) -> Array:
+        data = self._request.inputs[index].data
+        return data if isinstance(data, np.ndarray) else tensors.decode_raw(described, data, index)
 
 
 class Near:

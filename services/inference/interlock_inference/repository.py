@@ -18,6 +18,8 @@ from interlock.stores.artifacts import FileEntry, Manifest
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import Engine, EngineOptions, Signature, onnx_file
 from interlock_inference.engines import onnx as onnx_engine
+from interlock_inference.processing import Processing
+from interlock_inference.processing import build as build_processing
 
 Progress = Callable[[float, str], None]
 """Called with percent and what is being done; from the thread that opens."""
@@ -32,6 +34,7 @@ class Opened:
     path: Path
     spec: ModelSpec | None
     memory_bytes: int
+    processing: Processing | None = None
 
 
 def absolute(uri: str) -> str:
@@ -69,6 +72,7 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
     if spec is not None and spec.gate_failure:
         raise gate_failed(f"{path}", spec.gate_failure)
     model = path if path.is_file() else path / _model_file(path, manifest, spec)
+    _check_labels_file(path, manifest, spec)
     progress(40, f"loading {manifest.size_bytes} bytes")
     before = psutil.Process().memory_info().rss
     if spec is None or spec.engine == "onnx":
@@ -77,8 +81,9 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
     grown = max(0, psutil.Process().memory_info().rss - before)
     if spec is not None:
         _check_claims(path, spec, engine)
+    processing = build_processing(path, spec, engine.signature)
     progress(100, "loaded")
-    return Opened(engine, manifest.digest, path, spec, grown)
+    return Opened(engine, manifest.digest, path, spec, grown, processing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +196,17 @@ def _model_file(folder: Path, manifest: Manifest, spec: ModelSpec | None) -> str
             metadata={"path": str(folder), "file": file},
         )
     return file
+
+
+def _check_labels_file(folder: Path, manifest: Manifest, spec: ModelSpec | None) -> None:
+    file = spec.postprocess.labels_file if spec is not None and spec.postprocess is not None else ""
+    if file and file not in {entry.path for entry in manifest.files}:
+        raise FailedPrecondition(
+            f"{folder}: {file} is not in the manifest",
+            reason="INVALID_ARTIFACT",
+            field="postprocess.labels_file",
+            metadata={"path": str(folder), "file": file},
+        )
 
 
 def _check_claims(path: Path, spec: ModelSpec, engine: Engine) -> None:

@@ -20,9 +20,11 @@ from typing import Any
 from interlock.core.names import version_name
 from interlock.core.ports import Clock
 from interlock.core.route import Picker, Route
-from interlock.errors import IllegalTransition, NotFound, Unavailable
+from interlock.errors import IllegalTransition, InvalidArgument, NotFound, Unavailable
+from interlock.runtime.images import IMAGE
 from interlock.stores.modelspec import TensorSpec
 from interlock_inference.batching import Lane, lane_for
+from interlock_inference.processing import Processing
 from interlock_inference.repository import Opened
 from interlock_inference.stats import VersionStats
 from interlock_inference.tensors import Described, check_described
@@ -135,6 +137,7 @@ class Slot:
     output_names: tuple[str, ...] = ()
     output_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     lane: Lane | None = None
+    processing: Processing | None = None
     threads: ThreadPoolExecutor | None = None
     name: str = field(init=False)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -179,6 +182,9 @@ class Slot:
         self.specs = {spec.name: spec for spec in signature.inputs}
         self.output_specs = {spec.name: spec for spec in signature.outputs}
         self.output_names = tuple(self.output_specs)
+        self.processing = opened.processing
+        if opened.processing is not None:
+            self.output_specs = {**self.output_specs, **opened.processing.specs}
         self.lane = lane_for(opened.spec.batching if opened.spec is not None else None, signature)
         instances = opened.spec.instances if opened.spec is not None else 0
         self.threads = ThreadPoolExecutor(instances, f"infer-{self.name}") if instances else None
@@ -189,6 +195,8 @@ class Slot:
         if described in self._fitting:
             return
         assert self.opened is not None, "a held slot keeps its engine"
+        if any(tensor.name == IMAGE and tensor.name not in self.specs for tensor in described):
+            raise no_images(self.name)
         check_described(described, self.opened.engine.signature, self.specs)
         if len(self._fitting) < FITTING_MAX:
             self._fitting.add(described)
@@ -255,6 +263,13 @@ def _drained_away(name: str) -> Unavailable:
         f"{name} was drained before this request ended; send it again",
         reason="DRAINING",
         retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+def no_images(name: str) -> InvalidArgument:
+    """The refusal of an encoded image by a version that takes none."""
+    return InvalidArgument(
+        f"{IMAGE}: {name} takes no images: its model.toml has no [preprocess]", reason="NO_IMAGES", field=IMAGE
     )
 
 

@@ -149,6 +149,11 @@ class GatewaySettings(Group):
     inline: bool = Field(False, description="a replica in the gateway's own process, asked without a hop")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
     max_body_mb: int = Field(20, ge=1, le=1024, description="largest request body, in MiB")  # seed 004, MAX_UPLOAD_MB
+    max_upload_mb: int = Field(
+        20, ge=1, le=1024, description="largest uploaded image, in MiB"
+    )  # seed 004, MAX_UPLOAD_MB
+    max_batch_mb: int = Field(60, ge=1, le=1024, description="largest body of /batch, in MiB")
+    max_batch_files: int = Field(64, ge=1, le=1024, description="most images of one /batch")
     predict_timeout_seconds: float = Field(
         30.0, gt=0, description="deadline of a prediction when the caller names none"
     )

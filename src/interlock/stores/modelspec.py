@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from interlock.errors import InvalidArgument, NotFound
+from interlock.stores import imagespec
 from interlock.stores.artifacts import check_relative, write_durably
+from interlock.stores.imagespec import PostprocessSpec, PreprocessSpec
 
 SPEC_FILE = "model.toml"
 SPEC_BYTES_MAX = 1 << 20
@@ -124,6 +126,7 @@ class ModelSpec:
         export: figures of the export: max_abs_error, max_rel_error, num_samples, opset.
         batching: None where the maker said nothing: each request then runs by itself.
         engine_options: as `ENGINE_OPTIONS` allows for the engine; what is not said is the replica's.
+        preprocess, postprocess: how encoded images become its input, and its scores labels; None: they don't.
     """
 
     name: str
@@ -139,6 +142,8 @@ class ModelSpec:
     instances: int = 0
     module: str = ""
     module_args: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: PreprocessSpec | None = None
+    postprocess: PostprocessSpec | None = None
 
     @property
     def gate_failure(self) -> str:
@@ -210,6 +215,12 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
         instances=_parse_instances(table.get("instances", 0)),
         module=module,
         module_args=_parse_arguments(table.get("module_args", {})),
+        preprocess=imagespec.preprocess(_parse_table(table["preprocess"], "preprocess", imagespec.PREPROCESS))
+        if "preprocess" in table
+        else None,
+        postprocess=imagespec.postprocess(_parse_table(table["postprocess"], "postprocess", imagespec.POSTPROCESS))
+        if "postprocess" in table
+        else None,
     )
 
 
@@ -454,6 +465,9 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
     if spec.batching is not None:
         pairs = [(f.name, getattr(spec.batching, f.name)) for f in fields(spec.batching)]
         lines += ["", "[batching]", *(f"{k} = {_toml(v)}" for k, v in pairs)]
+    for key, part in (("preprocess", spec.preprocess), ("postprocess", spec.postprocess)):
+        if part is not None:
+            lines += ["", f"[{key}]", *(f"{f.name} = {_toml(getattr(part, f.name))}" for f in fields(part))]
     if spec.engine_options:
         lines += ["", *engine_options_toml(spec.engine_options)]
     if spec.gate is not None:

@@ -32,6 +32,7 @@ from interlock_inference.loads.isolated import IsolatedEngine
 from interlock_inference.loads.memory import Need
 from interlock_inference.loads.pace import Hold, Pacer, Told
 from interlock_inference.loads.process import PROGRAM, Child, Order, Report
+from interlock_inference.processing import build as build_processing
 from interlock_inference.repository import Glance, Opened, Progress
 from interlock_inference.slots import ANSWERS, Registry, Slot
 
@@ -223,7 +224,9 @@ def _kept(child: Child, report: Report, path: Path) -> Opened:
     """A version that stays where it was tried."""
     try:
         engine = IsolatedEngine(child, report)
-        return Opened(engine, report.digest, path, _spec(path, report.digest), report.steady_bytes + report.base_bytes)
+        spec, memory_bytes = _spec(path, report.digest), report.steady_bytes + report.base_bytes
+        processing = build_processing(path, spec, engine.signature)
+        return Opened(engine, report.digest, path, spec, memory_bytes, processing)
     except BaseException:
         child.close()
         raise

@@ -8,11 +8,13 @@ from typing import Any
 from interlock.api.oip import messages as pb
 from interlock.errors import InvalidArgument, Unimplemented
 from interlock.runtime.arrays import NUMPY_TYPES, encode_raw
+from interlock.runtime.images import IMAGE
 from interlock.runtime.infer import DIGEST, EPOCH, STEP, TRACE, VERSION
 from interlock_inference import tensors
 from interlock_inference.dataplane import Reply
 from interlock_inference.engines import Array
-from interlock_inference.slots import Slot
+from interlock_inference.processing import encoded_images
+from interlock_inference.slots import Slot, no_images
 from interlock_inference.tensors import Described, invalid
 
 RAW_ONLY = frozenset(NUMPY_TYPES) - frozenset(tensors.TYPED_FIELDS)
@@ -21,7 +23,7 @@ RAW_ONLY = frozenset(NUMPY_TYPES) - frozenset(tensors.TYPED_FIELDS)
 class InferCall:
     """A ModelInferRequest as the data plane takes it."""
 
-    __slots__ = ("_request", "deadline", "model", "outputs", "priority", "request_id", "version")
+    __slots__ = ("_request", "deadline", "has_images", "model", "outputs", "priority", "request_id", "version")
 
     def __init__(self, request: pb.ModelInferRequest, deadline: float | None) -> None:
         if not request.model_name:
@@ -31,6 +33,7 @@ class InferCall:
         self.version = request.model_version
         self.request_id = request.id
         self.outputs: Sequence[str] = _outputs(request) if request.outputs else ()
+        self.has_images = any(tensor.name == IMAGE and tensor.datatype == "BYTES" for tensor in request.inputs)
         self.deadline = deadline
         self.priority = _priority(request) if "priority" in request.parameters else 0
 
@@ -38,7 +41,13 @@ class InferCall:
         """The inputs by name, checked against the slot's signature; views on the request's bytes where they came raw."""
         request = self._request
         described = tuple([Described(t.name, t.datatype, tuple(t.shape)) for t in request.inputs])
+        if self.has_images:
+            return with_images(slot, described, self._arrays(described))
         slot.check(described)
+        return self._arrays(described)
+
+    def _arrays(self, described: Sequence[Described]) -> dict[str, Array]:
+        request = self._request
         for index, tensor in enumerate(request.inputs):
             if tensor.parameters:
                 _refuse_shared_memory(tensor.parameters, f"inputs[{index}]")
@@ -54,6 +63,22 @@ class InferCall:
             if tensor.HasField("contents"):
                 raise invalid(f"inputs[{index}].contents", "elements are given both here and in raw_input_contents")
         return {t.name: tensors.decode_raw(t, raw[i], i) for i, t in enumerate(described)}
+
+
+def with_images(slot: Slot, described: Sequence[Described], given: dict[str, Array]) -> dict[str, Array]:
+    """The inputs of a request whose `image` is encoded images, made by the version's own [preprocess]. Slow: for a worker thread.
+
+    Raises:
+        InvalidArgument: `NO_IMAGES`; see `Preprocess.array`; `INVALID_TENSOR`.
+    """
+    before = slot.processing.before if slot.processing is not None else None
+    if before is None:
+        raise no_images(slot.name)
+    made = before.array(encoded_images(given.pop(IMAGE)))
+    datatype = slot.specs[before.input].datatype
+    others = [tensor for tensor in described if tensor.name != IMAGE]
+    slot.check((*others, Described(before.input, datatype, made.shape)))
+    return {**given, before.input: made}
 
 
 def _priority(request: pb.ModelInferRequest) -> int:
