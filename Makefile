@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-system check format proto clean
+.PHONY: help install kserve demo up test test-system check format proto clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -17,6 +17,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'torch==2.13.0' 'numpy'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
+
+kserve: .kserve/.installed ## KServe's client, in an environment of its own (it pins an older psutil), for its test
+.kserve/.installed:
+	$(PYTHON) -m venv .kserve
+	.kserve/bin/python -m pip install --quiet 'kserve==0.21.0' 'grpcio==1.81.1'
+	@touch $@
 
 demo: install ## The whole story on this machine: train, guard, roll back, promote, swap under load
 	$(BIN)/interlock demo
