@@ -110,35 +110,33 @@ async def wait_for_port(port: int) -> None:
 class Commands:
     """The controller's part, without the judgement."""
 
-    def __init__(self, channel: Any, home: Path, sizes: tuple[int, ...], num_versions: int) -> None:
-        self._stub: Any = pb_grpc.RuntimeServiceStub(channel)
-        self._home = home
-        for number in range(
-            1, num_versions + 1
-        ):  # before the load: making models here would stall the measuring process
+    def __init__(self, channel: Any, home: Path, sizes: tuple[int, ...]) -> None:
+        self.stub: Any = pb_grpc.RuntimeServiceStub(channel)
+        self.home = home
+        for number in range(2):  # two take turns, under new names; made before the load
             write_version(home / "models" / MODEL / str(number), mlp(sizes, number), sizes)
-        self._fence = pb.Fence(token=1)
+        self.fence = pb.Fence(token=1)
         self.serving = 0
 
     async def swap(self) -> float:
         """To the next version; milliseconds of the switch itself."""
         number = self.serving + 1
         name = f"models/{MODEL}/versions/{number}"
-        folder = self._home / "models" / MODEL / str(number)
-        prepare = pb.PrepareRequest(fence=self._fence, version=name, artifact_uri=str(folder))
-        async for _ in CALLER.stream(self._stub.Prepare, prepare, timeout=120):
+        folder = self.home / "models" / MODEL / str(number % 2)
+        prepare = pb.PrepareRequest(fence=self.fence, version=name, artifact_uri=str(folder))
+        async for _ in CALLER.stream(self.stub.Prepare, prepare, timeout=120):
             pass
-        await CALLER.unary(self._stub.Warm, pb.WarmRequest(fence=self._fence, version=name), timeout=60)
+        await CALLER.unary(self.stub.Warm, pb.WarmRequest(fence=self.fence, version=name), timeout=60)
         route = types_pb2.Route(
             model=f"models/{MODEL}", epoch=number, weights=[types_pb2.RouteWeight(version=name, weight=1)]
         )
         applied = await CALLER.unary(
-            self._stub.ApplyRoute, pb.ApplyRouteRequest(fence=self._fence, route=route), timeout=5
+            self.stub.ApplyRoute, pb.ApplyRouteRequest(fence=self.fence, route=route), timeout=5
         )
         if self.serving:
             previous = f"models/{MODEL}/versions/{self.serving}"
-            await CALLER.unary(self._stub.Drain, pb.DrainRequest(fence=self._fence, version=previous), timeout=60)
-            await CALLER.unary(self._stub.Release, pb.ReleaseRequest(fence=self._fence, version=previous), timeout=30)
+            await CALLER.unary(self.stub.Drain, pb.DrainRequest(fence=self.fence, version=previous), timeout=60)
+            await CALLER.unary(self.stub.Release, pb.ReleaseRequest(fence=self.fence, version=previous), timeout=30)
         self.serving = number
         return float(applied.switch_duration.ToNanoseconds() / 1e6)
 
@@ -146,19 +144,21 @@ class Commands:
         """Loads and releases another model of about that size: what a load does to the tail of what serves."""
         layers = max(1, megabytes // 64)
         sizes = (4096,) * (layers + 1)
-        folder = self._home / "models" / "beside" / "1"
+        folder = self.home / "models" / "beside" / "1"
         name = "models/beside/versions/1"
         if not folder.exists():
             write_version(folder, mlp(sizes, 0), sizes)
             return
-        prepare = pb.PrepareRequest(fence=self._fence, version=name, artifact_uri=str(folder))
-        async for _ in CALLER.stream(self._stub.Prepare, prepare, timeout=120):
+        prepare = pb.PrepareRequest(fence=self.fence, version=name, artifact_uri=str(folder))
+        async for _ in CALLER.stream(self.stub.Prepare, prepare, timeout=120):
             pass
-        await CALLER.unary(self._stub.Warm, pb.WarmRequest(fence=self._fence, version=name), timeout=60)
-        await CALLER.unary(self._stub.Release, pb.ReleaseRequest(fence=self._fence, version=name), timeout=30)
+        await CALLER.unary(self.stub.Warm, pb.WarmRequest(fence=self.fence, version=name), timeout=60)
+        await CALLER.unary(self.stub.Release, pb.ReleaseRequest(fence=self.fence, version=name), timeout=30)
 
 
-async def own_rooms(stack: AsyncExitStack, args: argparse.Namespace, home: Path) -> tuple[str, str, Commands]:
+async def own_rooms(
+    stack: AsyncExitStack, args: argparse.Namespace, home: Path, **settings: str
+) -> tuple[str, str, Commands]:
     """Starts what is to be measured; its addresses."""
     ports = {
         name: free_port()
@@ -167,7 +167,7 @@ async def own_rooms(stack: AsyncExitStack, args: argparse.Namespace, home: Path)
     env = {n: v for n, v in os.environ.items() if not n.startswith("INTERLOCK_")} | {
         f"INTERLOCK_{n}": str(p) for n, p in ports.items()
     }
-    env["INTERLOCK_HOME"] = str(home)
+    env |= {"INTERLOCK_HOME": str(home), **settings}
     await stack.enter_async_context(room("interlock_inference", env))
     await wait_for_port(ports["INFERENCE_PORT"])
     if not args.no_http:
@@ -175,9 +175,9 @@ async def own_rooms(stack: AsyncExitStack, args: argparse.Namespace, home: Path)
         await wait_for_port(ports["GATEWAY_PORT"])
     grpc = f"127.0.0.1:{ports['INFERENCE_PORT']}"
     channel = await stack.enter_async_context(open_channel(grpc))
-    commands = Commands(channel, home, SIZES[args.size], args.swaps + 1)
+    commands = Commands(channel, home, SIZES[args.size])
     await commands.swap()
-    if args.beside_mb:
+    if getattr(args, "beside_mb", 0):
         await commands.beside(args.beside_mb)
     return grpc, "" if args.no_http else f"127.0.0.1:{ports['GATEWAY_PORT']}", commands
 
