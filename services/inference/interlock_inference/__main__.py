@@ -6,6 +6,7 @@ if __name__ == "__main__":
     import interlock.runtime.lean  # noqa: F401  first of all
 
 import asyncio
+import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
@@ -20,6 +21,8 @@ from interlock_inference import audit
 from interlock_inference.listener import listening
 from interlock_inference.parts import assembled
 
+SWITCH_SECONDS = 0.001
+"""How long a thread that loads may keep the interpreter from the event loop: Python's own 5 ms would be a request's whole p99."""
 _log = structlog.get_logger(__name__)
 
 
@@ -52,6 +55,7 @@ async def main() -> None:
     logging.configure("inference", config.log_level, config.log_format)
     settings.refuse_exposed(config)
     audit.install()
+    sys.setswitchinterval(SWITCH_SECONDS)
     with lifecycle.stopping_on_signals() as stopping:
         await serve(config, stopping)
 

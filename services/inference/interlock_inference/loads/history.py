@@ -53,12 +53,15 @@ class LoadHistory:
         self._write()
 
     def survived(self, name: str) -> None:
-        """After it, however it ended: the process is alive. Blocks for an fsync."""
-        self._doubtful.discard(name)
-        self._write()
+        """After it, however it ended: the process is alive. Blocks for an fsync, if there was a doubt."""
+        if name in self._doubtful:
+            self._doubtful.discard(name)
+            self._write()
 
     def note(self, digest: str, peak_bytes: int) -> None:
-        """What a load took. Blocks for an fsync."""
+        """What a load took. Blocks for an fsync, if that is news."""
+        if self._peaks.get(digest) == peak_bytes:
+            return
         self._peaks.pop(digest, None)
         self._peaks[digest] = peak_bytes
         while len(self._peaks) > MEASURED_MAX:
@@ -68,4 +71,4 @@ class LoadHistory:
     def _write(self) -> None:
         body = {"format": FORMAT, "peak_bytes": self._peaks, "doubtful": sorted(self._doubtful)}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(self._path, (json.dumps(body, indent=1) + "\n").encode())
+        write_durably(self._path, json.dumps(body).encode())

@@ -109,17 +109,19 @@ class Loader:
             need = memory.guess(seen.size_bytes) if peak_bytes is None else Need(peak_bytes, measured=True)
             stays, here = self._stays(seen), self._here if self._num_threads(seen) == 1 else self._beside
             if not stays and not self._is_tried(slot):
-                self._check_room(path, need)
+                await loop.run_in_executor(self._beside, self._check_room, path, need)
+                await loop.run_in_executor(self._beside, self._history.doubt, slot.name)
                 return await loop.run_in_executor(here, self._open_here, slot, path, digest, hold, progress)
             async with self._paced(hold, told):
-                self._check_room(path, need)
-                order = self._order(slot.version, path, digest, seen)
+                await loop.run_in_executor(self._beside, self._check_room, path, need)
+                order = await loop.run_in_executor(self._beside, self._order, slot.version, path, digest, seen)
                 child, report = await loop.run_in_executor(self._beside, self._try, order, hold, progress)
                 await loop.run_in_executor(self._beside, self._history.note, report.digest, report.peak_bytes)
                 if stays:
                     return await loop.run_in_executor(self._beside, _kept, child, report, path)
                 await loop.run_in_executor(self._beside, child.close)
-                self._check_room(path, Need(report.peak_bytes, measured=True))
+                need = Need(report.peak_bytes, measured=True)
+                await loop.run_in_executor(self._beside, self._check_room, path, need)
                 return await loop.run_in_executor(
                     self._here, self._open_here, slot, path, report.digest, hold, progress
                 )
@@ -200,7 +202,6 @@ class Loader:
     def _open_here(self, slot: Slot, path: Path, digest: str, hold: Hold, progress: Progress) -> Opened:
         """In the loading thread."""
         hold.step()
-        self._history.doubt(slot.name)
         self._failpoint("inference.load", slot.version)
         try:
             return repository.open_artifact(path, digest, self._policy.options, progress)
