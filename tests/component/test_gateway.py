@@ -113,7 +113,13 @@ async def test_with_keys_every_verb_needs_its_scope(tmp_path: Path) -> None:
     async with world_with_keys(tmp_path, keys[Scope.ADMIN]) as w:
         for method, template, scope in inventory(tmp_path):
             path = template.format(
-                model="policy", version="1", swap="s", run="r", verb="abort" if "swap" in template else "stop"
+                model="policy",
+                version="1",
+                kind="system",
+                name="n",
+                swap="s",
+                run="r",
+                verb="abort" if "swap" in template else "stop",
             )
             nobody = await w.http.request(method, path)
             assert (nobody.status_code == 401) is (scope is not Scope.PUBLIC), (
