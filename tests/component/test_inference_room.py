@@ -445,7 +445,7 @@ async def test_commands_that_are_refused(served: Remote) -> None:
         assert refused.value.reason == reason
     for version, uri, error, reason in (
         ("2", str(served.home / "nothing"), NotFound, "ARTIFACT_MISSING"),
-        ("2", "s3://bucket/x", InvalidArgument, "INVALID_ARTIFACT_URI"),
+        ("2", "gs://bucket/x", InvalidArgument, "INVALID_ARTIFACT_URI"),
         ("..", served.artifact("2"), InvalidArgument, "INVALID_ID"),
         ("2", served.artifact("2", b"not onnx"), FailedPrecondition, "INVALID_ARTIFACT"),
     ):

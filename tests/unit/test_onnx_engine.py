@@ -215,7 +215,7 @@ def test_open_refusals(tmp_path: Path) -> None:
         opening(folder)
     assert unfinished.value.reason == "INVALID_ARTIFACT"
     with pytest.raises(InvalidArgument):
-        repository.parse_uri("s3://bucket/model")
+        repository.parse_uri("gs://bucket/model")
 
 
 def test_the_serving_process_never_unpickles() -> None:

@@ -154,6 +154,7 @@ class ReplicaClient:
             answer.max_rel_error,
             answer.top1_agreement,
             answer.nonfinite_count,
+            answer.ensemble,
         )
 
     async def _apply(self, command: ApplyRoute, fence: pb.Fence, instance: str, now: float) -> Ack:

@@ -21,6 +21,7 @@ class Comparison:
 
     Attributes:
         top1_agreement: share of rows whose largest element stands at the same place; 1 when no output has more than one column.
+        subject: the ensemble in which the largest difference was seen; empty: in the versions' own answers.
         num_nonfinite: elements of the candidate that are NaN or infinite where the stable version's are finite.
     """
 
@@ -30,6 +31,7 @@ class Comparison:
     num_rows: int = 0
     num_rows_agreeing: int = 0
     num_nonfinite: int = 0
+    subject: str = ""
     stable_seconds: list[float] = field(default_factory=list)
     candidate_seconds: list[float] = field(default_factory=list)
 
@@ -37,6 +39,21 @@ class Comparison:
     def top1_agreement(self) -> float:
         """See the class."""
         return self.num_rows_agreeing / self.num_rows if self.num_rows else 1.0
+
+    def merge(self, subject: str, other: Comparison) -> None:
+        """Takes in what was seen of an ensemble that has one of the two as its member."""
+        worse = (
+            other.num_nonfinite > self.num_nonfinite
+            or other.max_abs_error > self.max_abs_error
+            or other.max_rel_error > self.max_rel_error
+            or other.top1_agreement < self.top1_agreement
+        )
+        self.subject = subject if worse else self.subject
+        self.max_abs_error = max(self.max_abs_error, other.max_abs_error)
+        self.max_rel_error = max(self.max_rel_error, other.max_rel_error)
+        self.num_nonfinite += other.num_nonfinite
+        if other.top1_agreement < self.top1_agreement:
+            self.num_rows, self.num_rows_agreeing = other.num_rows, other.num_rows_agreeing
 
     def add(self, stable: Mapping[str, Array], candidate: Mapping[str, Array]) -> None:
         """Takes in the outputs of both for one input."""

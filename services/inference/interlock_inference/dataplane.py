@@ -2,7 +2,8 @@
 
 A model whose run costs less than a thread hop runs on the event loop; a slower one in a worker thread, behind a bounded queue. Which it is
 was measured at warm-up and is scaled by the size of the request. A request whose deadline has passed, or whose caller has gone, is dropped
-before compute. A version that batches has a lane of its own (`batching`, `turns`).
+before compute. A version that batches has a lane of its own (`batching`, `turns`). An ensemble's request is a request to each of its members, on
+versions that it holds from its admission to its end.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from interlock.errors import InterlockError, InvalidArgument
+from interlock_inference import ensembles
 from interlock_inference.batching import Ran, Run, expired, queue_full
 from interlock_inference.engines import Array
+from interlock_inference.engines.ensemble import Plan
 from interlock_inference.recorder import Recorder
 from interlock_inference.slots import Handle, Registry, Slot, SlotState
 from interlock_inference.turns import Turns
@@ -50,6 +54,26 @@ class Reply(NamedTuple):
     epoch: int
     names: Sequence[str]
     outputs: list[Array]
+    members: Sequence[Slot] = ()
+    """Of an ensemble: the slot of each step."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A request that an ensemble makes of one of its members, on a version that is held for it."""
+
+    model: str
+    version: str
+    request_id: str
+    outputs: Sequence[str]
+    deadline: float | None
+    priority: int
+    inputs: dict[str, Array]
+    has_images: bool = False
+
+    def decode(self, slot: Slot) -> dict[str, Array]:
+        """They were checked when the ensemble was loaded."""
+        return self.inputs
 
 
 class Observer(Protocol):
@@ -110,8 +134,11 @@ class DataPlane:
             ResourceExhausted: `QUEUE_FULL`.
             Internal: `ENGINE_FAULT`.
         """
+        return self._begin(call, self._registry.admit(call.model, call.version, call.request_id))
+
+    def _begin(self, call: Call, handle: Handle) -> Reply | Coroutine[Any, Any, Reply]:
+        """Owns the handle from here on."""
         start = time.perf_counter_ns()
-        handle = self._registry.admit(call.model, call.version, call.request_id)
         slot = handle.slot
         try:
             if call.has_images:
@@ -121,6 +148,8 @@ class DataPlane:
             names = _wanted(call, slot)
             _check_deadline(call.deadline)
             decoded = time.perf_counter_ns()
+            if slot.plan is not None:
+                return self._ensemble(call, handle, slot.plan, inputs, names, (start, decoded))
             if not self._is_short(slot, inputs):
                 self._check_room(slot)
                 return self._later(call, handle, inputs, names, (start, decoded))
@@ -149,6 +178,11 @@ class DataPlane:
                 self._num_queued -= 1
             names = _wanted(call, handle.slot)
             _check_deadline(call.deadline)
+            marks, plan = (start, time.perf_counter_ns()), handle.slot.plan
+            if plan is not None:
+                rest = self._ensemble(call, handle, plan, inputs, names, marks)
+            else:
+                rest = self._later(call, handle, inputs, names, marks)
         except InterlockError as error:
             handle.release()
             self._count_failure(handle.slot, start, error)
@@ -156,7 +190,7 @@ class DataPlane:
         except BaseException:
             handle.release()
             raise
-        return await self._later(call, handle, inputs, names, (start, time.perf_counter_ns()))
+        return await rest
 
     async def _later(
         self, call: Call, handle: Handle, inputs: dict[str, Array], names: Sequence[str], marks: tuple[int, int]
@@ -176,6 +210,84 @@ class DataPlane:
             raise
         self._count(slot, inputs, ran, (start, decoded, time.perf_counter_ns()))
         return Reply(slot, handle.epoch, names, outputs)
+
+    # --- ensembles ---
+
+    def _ensemble(
+        self,
+        call: Call,
+        handle: Handle,
+        plan: Plan,
+        inputs: dict[str, Array],
+        names: Sequence[str],
+        marks: tuple[int, int],
+    ) -> Coroutine[Any, Any, Reply]:
+        """Takes hold of one version of each member, now: whatever is swapped later, this request is answered by these."""
+        slots = ensembles.members(plan, self._registry.snapshot)
+        holds = [handle, *(slot.take(handle.epoch, call.request_id) for slot in dict.fromkeys(slots))]
+        return self._held(call, holds, self._steps(call, plan, slots, inputs), inputs, names, marks, slots)
+
+    async def _held(
+        self,
+        call: Call,
+        holds: Sequence[Handle],
+        steps: Coroutine[Any, Any, Mapping[str, Array]],
+        inputs: dict[str, Array],
+        names: Sequence[str],
+        marks: tuple[int, int],
+        slots: Sequence[Slot],
+    ) -> Reply:
+        handle, (start, decoded) = holds[0], marks
+        handle.abort = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.TaskGroup() as group:
+                running = group.create_task(steps)
+                await asyncio.wait((running, handle.abort), return_when=asyncio.FIRST_COMPLETED)
+                running.cancel()
+            if handle.abort.done():
+                handle.abort.result()
+            outputs = _finished(handle.slot, running.result(), names)
+        except (InterlockError, BaseExceptionGroup) as failed:
+            error = _first(failed)
+            self._count_failure(handle.slot, start, error)
+            raise error from None
+        finally:
+            handle.abort.cancel()
+            for hold in holds:
+                hold.release()
+        ended = time.perf_counter_ns()
+        self._count(handle.slot, inputs, Ran(decoded, ended, outputs), (start, decoded, ended))
+        return Reply(handle.slot, handle.epoch, names, outputs, slots)
+
+    async def _steps(
+        self, call: Call, plan: Plan, slots: Sequence[Slot], inputs: dict[str, Array]
+    ) -> Mapping[str, Array]:
+        """All tensors of one request; the steps of a level run side by side, each as a request to its member."""
+        tensors = dict(inputs)
+        for level in plan.levels:
+            if len(level) == 1:
+                await self._step(call, plan, level[0], slots[level[0]], tensors)
+                continue
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number in level:
+                        group.create_task(self._step(call, plan, number, slots[number], tensors))
+            except BaseExceptionGroup as failed:
+                raise _first(failed) from None
+        return tensors
+
+    async def _step(self, call: Call, plan: Plan, number: int, slot: Slot, tensors: dict[str, Array]) -> None:
+        step = plan.steps[number]
+        given = {name: tensors[called] for name, called in step.inputs.items()}
+        asked = _Step(
+            step.model, slot.version, call.request_id, list(step.outputs), call.deadline, call.priority, given
+        )
+        try:
+            begun = self._begin(asked, slot.take(0, call.request_id))
+            reply = begun if isinstance(begun, Reply) else await begun
+        except InterlockError as error:
+            raise ensembles.in_step(error, number, slot) from error
+        tensors.update(zip(step.outputs.values(), reply.outputs, strict=True))
 
     def _is_short(self, slot: Slot, inputs: Mapping[str, Array]) -> bool:
         warmup = slot.warmup
@@ -246,6 +358,23 @@ class DataPlane:
         elif not isinstance(error, InvalidArgument):
             slot.stats.failure.add(nanoseconds)
         self._observer.finished(slot, nanoseconds / 1e9, error)
+
+
+def _finished(slot: Slot, tensors: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+    """The outputs asked for, out of an ensemble's tensors, with what the version does behind them."""
+    if slot.processing is None:
+        return [tensors[name] for name in names]
+    engine_names = slot.processing.engine_names(names)
+    return slot.processing.finish(names, engine_names, [tensors[name] for name in engine_names])
+
+
+def _first(failed: BaseException) -> InterlockError:
+    """The first error of ours; what failed or was cancelled beside it followed from it."""
+    while isinstance(failed, BaseExceptionGroup):
+        failed = (failed.subgroup(InterlockError) or failed).exceptions[0]
+    if not isinstance(failed, InterlockError):
+        raise failed
+    return failed
 
 
 def _wanted(call: Call, slot: Slot) -> Sequence[str]:

@@ -6,17 +6,19 @@ from typing import Any
 
 from interlock.core.names import model_name
 from interlock.runtime.lifecycle import NOT_SERVING, SERVING, GrpcRoom
+from interlock_inference import ensembles
 from interlock_inference.replica import Replica
-from interlock_inference.slots import ANSWERS, Registry
+from interlock_inference.slots import Registry
 
 
 def wanted(registry: Registry) -> dict[str, Any]:
-    """What every name should report now. Loading a candidate never takes a served model's health away."""
+    """What every name should report now. Loading a candidate never takes a served model's health away; an ensemble is well when its members are."""
     snapshot = registry.snapshot
-    states = {slot.name: SERVING if slot.state in ANSWERS else NOT_SERVING for slot in registry.all_slots()}
+    states = {
+        slot.name: SERVING if ensembles.is_ready(slot, snapshot) else NOT_SERVING for slot in registry.all_slots()
+    }
     for model in snapshot.slots.keys() | snapshot.routes.keys():
-        routed = snapshot.routes.get(model)
-        states[model_name(model)] = SERVING if routed and routed.slots else NOT_SERVING
+        states[model_name(model)] = SERVING if ensembles.is_model_ready(model, snapshot) else NOT_SERVING
     return states
 
 

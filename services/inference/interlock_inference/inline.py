@@ -20,14 +20,14 @@ from prometheus_client import CollectorRegistry
 from interlock.errors import DeadlineExceeded
 from interlock.runtime.access import Keys
 from interlock.runtime.images import IMAGE
-from interlock.runtime.infer import InferAnswer, InferRequest, Tensor
+from interlock.runtime.infer import MEMBERS, InferAnswer, InferRequest, Tensor
 from interlock.runtime.settings import Settings
 from interlock_inference import audit, tensors
 from interlock_inference.dataplane import DataPlane, Reply
 from interlock_inference.engines import Array
 from interlock_inference.listener import listening
 from interlock_inference.parts import assembled
-from interlock_inference.servicers.codec import identity, whole_priority, with_images
+from interlock_inference.servicers.codec import identity, member_names, whole_priority, with_images
 from interlock_inference.slots import Slot
 from interlock_inference.tensors import Described
 
@@ -95,6 +95,8 @@ class Near:
             if len(self._identities) > 64:
                 self._identities.clear()
             known = self._identities[key] = identity(slot, reply.epoch)
+        if reply.members:
+            known = {**known, MEMBERS: member_names(reply)}
         specs = slot.output_specs
         outputs = [
             Tensor(name, specs[name].datatype, array.shape, array)

@@ -25,11 +25,11 @@ from interlock.core.route import Route, admit, stale_epoch
 from interlock.errors import AlreadyExists, FailedPrecondition, InterlockError, Internal, NotFound, Unavailable
 from interlock.runtime.changed import Changed
 from interlock.stores import golden
-from interlock_inference import batching, compare, repository
+from interlock_inference import batching, compare, ensembles, repository
 from interlock_inference.assignment import Assigned, AssignedModel, Assignment, AssignmentFile
 from interlock_inference.compare import Comparison
-from interlock_inference.dataplane import run_now
 from interlock_inference.engines import Array, made_up_inputs
+from interlock_inference.engines.ensemble import EnsembleEngine
 from interlock_inference.loads.isolated import IsolatedEngine
 from interlock_inference.loads.loader import Loader
 from interlock_inference.loads.pace import Hold, Told
@@ -196,19 +196,24 @@ class Replica:
 
     async def restore(self) -> None:
         """Loads, warms and routes what was assigned before the process ended. A version that fails is left out; nothing is raised for it."""
-        for model, assigned in list(self._assignment.models.items()):
-            try:
-                await self._restore_model(model, assigned)
-            except InterlockError as error:
-                _log.error(
-                    "restore_failed",
-                    model=model,
-                    epoch=assigned.route.epoch,
-                    reason=error.reason,
-                    problem=error.message,
-                )
+        left = list(self._assignment.models)
+        for last in (False, True):  # an ensemble can be loaded when its members are
+            left = [model for model in left if not await self._is_restored(model, last=last)]
         self._restored = True
         self.changed.fire()
+
+    async def _is_restored(self, model: str, *, last: bool) -> bool:
+        """Tries it; False when another try may go better, which there is unless this is the last."""
+        assigned = self._assignment.models[model]
+        try:
+            await self._restore_model(model, assigned)
+        except InterlockError as error:
+            if error.reason == "ENSEMBLE_MEMBER_MISSING" and not last:
+                return False
+            _log.error(
+                "restore_failed", model=model, epoch=assigned.route.epoch, reason=error.reason, problem=error.message
+            )
+        return True
 
     async def _restore_model(self, model: str, assigned: AssignedModel) -> None:
         for version, each in assigned.versions.items():
@@ -294,6 +299,8 @@ class Replica:
                 raise _released(slot)
             if wanted.compatible_with is not None:
                 self._check_compatible(opened, wanted.compatible_with)
+            if isinstance(opened.engine, EnsembleEngine) and opened.spec is not None:
+                ensembles.check_fits(opened.spec, opened.engine.plan, self._registry.snapshot)
         except InterlockError:
             opened.engine.close()
             raise
@@ -369,7 +376,8 @@ class Replica:
         samples, num_recorded = self._samples([slot], 8, await self._golden(slot))
         work = [samples[i % len(samples)] for i in range(iterations or self._warmup_iterations)]
         try:
-            timings = await self._held((slot,), lambda: self._run_warm(slot, work, samples))
+            run, held = ensembles.runner(slot, self._registry.snapshot)
+            timings = await self._held(held, lambda: self._run_warm(slot, run, work, samples))
         except InterlockError as error:
             slot.fail(f"WARMUP_FAILED: {error.message}")
             self.changed.fire()
@@ -404,14 +412,18 @@ class Replica:
         return min(timings)
 
     def _run_warm(
-        self, slot: Slot, work: Sequence[Mapping[str, Array]], samples: Sequence[Mapping[str, Array]]
+        self,
+        slot: Slot,
+        run: ensembles.Runner,
+        work: Sequence[Mapping[str, Array]],
+        samples: Sequence[Mapping[str, Array]],
     ) -> list[float]:
         """Seconds of each run. A version that batches must also give the same answers when samples run together."""
         timings = []
         for inputs in work:
             self._failpoint("inference.warm", slot.version)
             start = time.perf_counter()
-            run_now(slot, inputs, slot.output_names)
+            run(inputs, slot.output_names)
             timings.append(time.perf_counter() - start)
         if slot.lane is not None and slot.opened is not None:
             difference = batching.differs_together(slot.opened.engine, slot.lane, samples)
@@ -427,17 +439,44 @@ class Replica:
 
         Raises:
             NotFound: `SLOT_UNKNOWN`.
-            FailedPrecondition: `NOT_LOADED`, `INVALID_ARTIFACT` for a golden set that can't be read.
+            FailedPrecondition: `NOT_LOADED`, `INVALID_ARTIFACT` for a golden set that can't be read, `MEMBER_OF_ENSEMBLE`; `ENSEMBLE_BROKEN` when
+                an ensemble that answers here does not answer with the candidate in its member's place.
         """
+        ensembles.check_not_needed(model, stable, self._registry)
         left, right = self._known(model, stable), self._known(model, candidate)
         chosen = await self._golden(left, right)
         samples, num_recorded = self._samples([left, right], limit or COMPARE_SAMPLES, chosen)
 
-        def through(slot: Slot) -> compare.Run:
-            return lambda inputs: dict(zip(slot.output_names, run_now(slot, inputs, slot.output_names), strict=True))
-
-        seen = await self._held((left, right), lambda: compare.compare(through(left), through(right), samples))
+        seen = await self._compared((left, None), (right, None), samples)
+        for slot, _ in list(ensembles.using(model, self._registry)):
+            seen.merge(slot.name, await self._compare_ensemble(slot, left, right, limit or COMPARE_SAMPLES))
         return seen, num_recorded
+
+    async def _compare_ensemble(self, slot: Slot, stable: Slot, candidate: Slot, limit: int) -> Comparison:
+        """An ensemble's answers with the one and with the other in a member's place, on its own recorded requests and golden set."""
+        samples, _ = self._samples([slot], limit, await self._golden(slot))
+        try:
+            return await self._compared((slot, stable), (slot, candidate), samples)
+        except InterlockError as error:
+            raise FailedPrecondition(
+                f"{slot.name} does not answer with {candidate.name} in the place of {stable.name}: {error.message}",
+                reason="ENSEMBLE_BROKEN",
+                metadata={"ensemble": slot.name, "cause": error.reason},
+            ) from error
+
+    async def _compared(
+        self, left: tuple[Slot, Slot | None], right: tuple[Slot, Slot | None], samples: Sequence[Mapping[str, Array]]
+    ) -> Comparison:
+        """Each side is a slot, and for an ensemble what stands in its member's place."""
+        snapshot = self._registry.snapshot
+        (run_left, held), (run_right, more) = (ensembles.runner(slot, snapshot, other) for slot, other in (left, right))
+        names = left[0].output_names
+
+        def through(run: ensembles.Runner) -> compare.Run:
+            return lambda inputs: dict(zip(names, run(inputs, names), strict=True))
+
+        both = dict.fromkeys((*held, *more))
+        return await self._held(both, lambda: compare.compare(through(run_left), through(run_right), samples))
 
     async def _golden(self, *slots: Slot) -> list[Mapping[str, Array]]:
         """The last slot's golden inputs, as far as they fit all slots."""
@@ -563,6 +602,7 @@ class Replica:
         slot = self._unrouted(model, version)
         if slot is None or slot.state not in (SlotState.READY, SlotState.DRAINING):
             return Drained(0, (), 0)
+        ensembles.check_not_needed(model, version, self._registry)
         slot.move(SlotState.DRAINING)
         self.changed.fire()
         self._failpoint("inference.drain", version)
@@ -595,6 +635,7 @@ class Replica:
             slot = self._unrouted(model, version)
             if slot is None:
                 return False
+            ensembles.check_not_needed(model, version, self._registry)
             slot.move(SlotState.STOPPED)
             self._registry.drop(slot)
             load = self._loads.pop((model, version), None)

@@ -18,6 +18,7 @@ from interlock.stores.artifacts import FileEntry, Manifest
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import Engine, EngineOptions, Signature, onnx_file
 from interlock_inference.engines import onnx as onnx_engine
+from interlock_inference.engines.ensemble import EnsembleEngine
 from interlock_inference.processing import Processing
 from interlock_inference.processing import build as build_processing
 
@@ -71,8 +72,12 @@ def open_artifact(path: Path, expected_digest: str, options: EngineOptions, prog
     manifest, spec = _verified(path, expected_digest)
     if spec is not None and spec.gate_failure:
         raise gate_failed(f"{path}", spec.gate_failure)
-    model = path if path.is_file() else path / _model_file(path, manifest, spec)
     _check_labels_file(path, manifest, spec)
+    if spec is not None and spec.engine == "ensemble":
+        whole = EnsembleEngine(spec)
+        progress(100, "loaded")
+        return Opened(whole, manifest.digest, path, spec, 0, build_processing(path, spec, whole.signature))
+    model = path if path.is_file() else path / _model_file(path, manifest, spec)
     progress(40, f"loading {manifest.size_bytes} bytes")
     before = psutil.Process().memory_info().rss
     if spec is None or spec.engine == "onnx":

@@ -24,6 +24,7 @@ from interlock.errors import IllegalTransition, InvalidArgument, NotFound, Unava
 from interlock.runtime.images import IMAGE
 from interlock.stores.modelspec import TensorSpec
 from interlock_inference.batching import Lane, lane_for
+from interlock_inference.engines.ensemble import EnsembleEngine, Plan
 from interlock_inference.processing import Processing
 from interlock_inference.repository import Opened
 from interlock_inference.stats import VersionStats
@@ -118,7 +119,7 @@ class Slot:
     """One loaded version; `name` is `models/{model}/versions/{version}`. `opened` is None before the load ended and after the slot stopped.
 
     `lane` is the queue in which its requests find together; None for a version that does not batch. `threads` run it, and nothing else, when its
-    model.toml says `instances`; one engine serves them all, for all engines may be run by several threads.
+    model.toml says `instances`; `plan` is an ensemble's; one engine serves them all, for all engines may be run by several threads.
     """
 
     model: str
@@ -139,6 +140,7 @@ class Slot:
     lane: Lane | None = None
     processing: Processing | None = None
     threads: ThreadPoolExecutor | None = None
+    plan: Plan | None = None
     name: str = field(init=False)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
     _fitting: set[tuple[Described, ...]] = field(default_factory=set)
@@ -188,6 +190,7 @@ class Slot:
         self.lane = lane_for(opened.spec.batching if opened.spec is not None else None, signature)
         instances = opened.spec.instances if opened.spec is not None else 0
         self.threads = ThreadPoolExecutor(instances, f"infer-{self.name}") if instances else None
+        self.plan = opened.engine.plan if isinstance(opened.engine, EnsembleEngine) else None
         self.move(SlotState.WARMING_UP)
 
     def check(self, described: tuple[Described, ...]) -> None:

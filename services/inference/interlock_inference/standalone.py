@@ -114,6 +114,11 @@ class Standalone:
             try:
                 await self._serve(found)
             except InterlockError as error:
+                if (
+                    error.reason == "ENSEMBLE_MEMBER_MISSING"
+                ):  # its members may lie here, and be served after it: look again
+                    changing = True
+                    continue
                 self._failed[key] = (found.stamp, f"{error.reason}: {error.message}")
                 _log.warning("version_refused", model=model, version=found.version, reason=error.reason, problem=error.message)  # fmt: skip
             else:

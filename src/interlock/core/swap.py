@@ -270,7 +270,10 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far the candidate's answers are from the stable version's, on one replica process."""
+    """How far the candidate's answers are from the stable version's, on one replica process.
+
+    `ensemble` names the one in which the largest difference was seen; empty: in the versions' own answers.
+    """
 
     replica: str
     instance: str
@@ -279,6 +282,7 @@ class Comparison:
     max_rel_error: float = 0.0
     top1_agreement: float = 1.0
     nonfinite: int = 0
+    ensemble: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -609,7 +609,8 @@ def compare_verdict(swap: Swap) -> tuple[str, str]:
     for comparison in swap.comparisons:
         broken = _broken(comparison, limits.abs_error_max, limits.rel_error_max, limits.top1_agreement_min)
         if broken:
-            return "TRIP", f"{broken} on {comparison.replica}"
+            where = f" in {comparison.ensemble}" if comparison.ensemble else ""
+            return "TRIP", f"{broken}{where} on {comparison.replica}"
     samples = sum(c.samples for c in swap.comparisons)
     if samples < limits.samples_min:
         return "INCONCLUSIVE", f"{samples} of {limits.samples_min} samples"

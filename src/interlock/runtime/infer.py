@@ -11,11 +11,12 @@ import numpy as np
 from interlock.runtime.arrays import NUMPY_TYPES, Array, decode_raw, encode_raw
 
 Buffer = bytes | memoryview
-VERSION, STEP, DIGEST, EPOCH, TRACE = (
+VERSION, STEP, DIGEST, EPOCH, MEMBERS, TRACE = (
     "interlock-version",
     "interlock-step",
     "interlock-digest",
     "interlock-epoch",
+    "interlock-members",
     "traceparent",
 )
 """Response parameters that say which weights answered, and in which trace."""

@@ -84,7 +84,7 @@ class ModelRepository:
                     metadata={"digest": manifest.digest},
                 )
             spec = modelspec.read_spec(scratch) if (scratch / modelspec.SPEC_FILE).exists() else None
-            if spec is not None and not (scratch / spec.file).is_file():
+            if spec is not None and spec.file and not (scratch / spec.file).is_file():
                 raise InvalidArgument(
                     f"{source}: model.toml names {spec.file}, which is not there", reason="MODEL_FILE_MISSING"
                 )

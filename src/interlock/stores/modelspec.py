@@ -1,7 +1,7 @@
 """`model.toml`: what a servable version is. Reads, checks and writes it; opens nothing that it names.
 
 A file of `name`, `engine` and `file`; `[[inputs]]` and `[[outputs]]` (name, datatype, shape; -1 is free); `[source]` (run, checkpoint, step),
-`[export]` (figures), `[batching]` (whether and how requests may run together), `[engine_options]` (how the engine is to run it),
+`[export]` (figures), `[[steps]]` (of an ensemble), `[batching]` (whether and how requests may run together), `[engine_options]` (how the engine is to run it),
 `[gate]` (what it had to reach to serve).
 """
 
@@ -17,6 +17,9 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
+from interlock.core import ensemble
+from interlock.core.ensemble import Step
+from interlock.core.names import check_id
 from interlock.errors import InvalidArgument, NotFound
 from interlock.stores import imagespec
 from interlock.stores.artifacts import check_relative, write_durably
@@ -25,7 +28,7 @@ from interlock.stores.imagespec import PostprocessSpec, PreprocessSpec
 SPEC_FILE = "model.toml"
 SPEC_BYTES_MAX = 1 << 20
 DIM_MAX = 2**31 - 1
-ENGINES: Mapping[str, str] = {"onnx": "model.onnx", "torch": "model.safetensors"}
+ENGINES: Mapping[str, str] = {"onnx": "model.onnx", "torch": "model.safetensors", "ensemble": ""}
 """Engine -> the model file of a version that names none."""
 DATATYPES = (
     "BOOL",
@@ -121,6 +124,7 @@ class ModelSpec:
     Attributes:
         file: the model file, relative to the folder.
         instances: runs of this version at once, on threads of its own; 0 leaves it to the replica's threads, which all versions share.
+        steps: for ensembles: which models answer as one, and what goes where; it has no file of its own.
         module: for torch: what makes the module, by a name that the operator registered. `module_args` are its arguments.
         source: where it came from: run, checkpoint, attempt, step, digest.
         export: figures of the export: max_abs_error, max_rel_error, num_samples, opset.
@@ -144,6 +148,7 @@ class ModelSpec:
     module_args: Mapping[str, Any] = field(default_factory=dict)
     preprocess: PreprocessSpec | None = None
     postprocess: PostprocessSpec | None = None
+    steps: tuple[Step, ...] = ()
 
     @property
     def gate_failure(self) -> str:
@@ -195,7 +200,12 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
     file, module = table.get("file", ENGINES[engine]), table.get("module", "")
     if not isinstance(file, str):
         raise _invalid("file", "model.toml: file: a string is needed")
-    check_relative(file, Path(SPEC_FILE))
+    if engine != "ensemble":
+        check_relative(file, Path(SPEC_FILE))
+    elif file or "batching" in table or "instances" in table:
+        raise _invalid(
+            "engine", "model.toml: engine: an ensemble has no file, batching or instances of its own; its members have"
+        )
     if not isinstance(module, str) or bool(module) != (engine == "torch"):
         raise _invalid(
             "module",
@@ -213,6 +223,7 @@ def parse_spec(table: Mapping[str, Any]) -> ModelSpec:
         gate=_parse_gate(table["gate"]) if "gate" in table else None,
         engine_options=_parse_table(table.get("engine_options", {}), "engine_options", ENGINE_OPTIONS[engine]),
         instances=_parse_instances(table.get("instances", 0)),
+        steps=_parse_steps(table, engine),
         module=module,
         module_args=_parse_arguments(table.get("module_args", {})),
         preprocess=imagespec.preprocess(_parse_table(table["preprocess"], "preprocess", imagespec.PREPROCESS))
@@ -317,8 +328,50 @@ ENGINE_OPTIONS: Mapping[str, Mapping[str, _Check]] = {
         ),
         "compile": _one_of("off", "auto"),
     },
+    "ensemble": {},
 }
 """Engine -> the keys of its `[engine_options]`."""
+
+
+def _parse_steps(table: Mapping[str, Any], engine: str) -> tuple[Step, ...]:
+    rows = table.get("steps", [])
+    if not isinstance(rows, list) or bool(rows) != (engine == "ensemble"):
+        raise _invalid("steps", "model.toml: steps: an ensemble needs [[steps]], and no other engine takes them")
+    steps = tuple(_parse_step(row, f"steps[{number}]") for number, row in enumerate(rows))
+    if steps:
+        inputs, outputs = ([row["name"] for row in table[key]] for key in ("inputs", "outputs"))
+        ensemble.levels(inputs, outputs, steps)
+        for number, step in enumerate(steps):
+            if step.model == table["name"]:
+                raise _invalid(
+                    f"steps[{number}].model",
+                    f"model.toml: steps[{number}].model: {step.model!r} is the ensemble itself",
+                )
+    return steps
+
+
+def _parse_step(row: Any, where: str) -> Step:
+    if not isinstance(row, dict) or not {"model", "inputs", "outputs"} <= row.keys() <= {
+        "model",
+        "version",
+        "inputs",
+        "outputs",
+    }:
+        raise _invalid(where, f"model.toml: {where}: model, inputs and outputs are needed, and version may be said")
+    model, version = row["model"], row.get("version", ensemble.SERVING)
+    for key, value in (("model", model), ("version", version)):
+        if not isinstance(value, str):
+            raise _invalid(f"{where}.{key}", f"model.toml: {where}.{key}: a name is needed")
+        check_id(value, f"{where}.{key}")
+    for key in ("inputs", "outputs"):
+        if not isinstance(row[key], dict) or not all(
+            isinstance(tensor, str) and tensor for tensor in row[key].values()
+        ):
+            raise _invalid(
+                f"{where}.{key}",
+                f"model.toml: {where}.{key}: a table of the model's tensors, each with its name in the ensemble, is needed",
+            )
+    return Step(model, row["inputs"], row["outputs"], version)
 
 
 def _parse_instances(value: Any) -> int:
@@ -459,6 +512,9 @@ def write_spec(folder: Path, spec: ModelSpec) -> None:
                 f"datatype = {_toml(tensor.datatype)}",
                 f"shape = {list(tensor.shape)}",
             ]
+    for step in spec.steps:
+        parts = (("model", step.model), ("version", step.version), ("inputs", step.inputs), ("outputs", step.outputs))
+        lines += ["", "[[steps]]", *(f"{key} = {_toml(value)}" for key, value in parts)]
     for key, table in (("source", spec.source), ("export", spec.export), ("module_args", spec.module_args)):
         if table:
             lines += ["", f"[{key}]", *(f"{_toml(str(k))} = {_toml(v)}" for k, v in table.items())]

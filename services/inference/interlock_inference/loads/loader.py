@@ -108,7 +108,8 @@ class Loader:
             peak_bytes = self._history.peak_bytes.get(digest or seen.digest)
             need = memory.guess(seen.size_bytes) if peak_bytes is None else Need(peak_bytes, measured=True)
             stays, here = self._stays(seen), self._here if self._num_threads(seen) == 1 else self._beside
-            if not stays and not self._is_tried(slot):
+            is_ensemble = seen.spec is not None and seen.spec.engine == "ensemble"  # nothing of it reaches an engine
+            if is_ensemble or (not stays and not self._is_tried(slot)):
                 await loop.run_in_executor(self._beside, self._check_room, path, need)
                 await loop.run_in_executor(self._beside, self._history.doubt, slot.name)
                 return await loop.run_in_executor(here, self._open_here, slot, path, digest, hold, progress)

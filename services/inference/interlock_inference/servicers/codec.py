@@ -9,7 +9,7 @@ from interlock.api.oip import messages as pb
 from interlock.errors import InvalidArgument, Unimplemented
 from interlock.runtime.arrays import NUMPY_TYPES, encode_raw
 from interlock.runtime.images import IMAGE
-from interlock.runtime.infer import DIGEST, EPOCH, STEP, TRACE, VERSION
+from interlock.runtime.infer import DIGEST, EPOCH, MEMBERS, STEP, TRACE, VERSION
 from interlock_inference import tensors
 from interlock_inference.dataplane import Reply
 from interlock_inference.engines import Array
@@ -102,6 +102,11 @@ def identity(slot: Slot, epoch: int) -> dict[str, str | int]:
     return {VERSION: slot.name, STEP: slot.step, DIGEST: slot.digest, EPOCH: epoch}
 
 
+def member_names(reply: Reply) -> str:
+    """The versions that an ensemble was answered by, in the order of its steps."""
+    return ",".join(dict.fromkeys(slot.name for slot in reply.members))
+
+
 def _outputs(request: pb.ModelInferRequest) -> list[str]:
     for index, output in enumerate(request.outputs):
         if output.parameters:
@@ -148,6 +153,8 @@ class ResponseMaker:
             made.id = request.id
         if traceparent:
             made.parameters[TRACE].string_param = traceparent
+        if reply.members:
+            made.parameters[MEMBERS].string_param = member_names(reply)
         specs = reply.slot.output_specs
         raw = bool(request.raw_input_contents) or any(specs[name].datatype in RAW_ONLY for name in reply.names)
         for name, array in zip(reply.names, reply.outputs, strict=True):

@@ -16,6 +16,7 @@ from interlock.errors import InterlockError, InvalidArgument, NotFound, Unimplem
 from interlock.runtime import telemetry
 from interlock.runtime.streams import until
 from interlock.runtime.tracing import caller_traceparent
+from interlock_inference import ensembles
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.folder import by_number
 from interlock_inference.replica import Replica
@@ -107,9 +108,8 @@ class OipServicer:
         snapshot = self._registry.snapshot
         if version:
             slot = snapshot.slots.get(model, {}).get(version)
-            return slot is not None and slot.state in ANSWERS
-        routed = snapshot.routes.get(model)
-        return routed is not None and bool(routed.slots)
+            return slot is not None and ensembles.is_ready(slot, snapshot)
+        return ensembles.is_model_ready(model, snapshot)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         """Who this is."""
@@ -219,6 +219,7 @@ class OipServicer:
     ) -> pb.RepositoryModelUnloadResponse:
         """Takes the model out of service."""
         model = _repository_model(request.model_name, request.repository_name)
+        ensembles.check_model_not_needed(model, self._registry)
         await self._admin.unload(model)
         return pb.RepositoryModelUnloadResponse(model_name=model, isUnloaded=True)
 
@@ -243,7 +244,7 @@ def _instances(opened: Opened) -> pb.ModelInstanceGroup:
     return made
 
 
-_BACKENDS = {"onnx": "onnxruntime", "torch": "pytorch"}
+_BACKENDS = {"onnx": "onnxruntime", "torch": "pytorch", "ensemble": ""}
 _COUNTED = frozenset(SlotState) - {SlotState.INITIALIZING, SlotState.STOPPED}
 
 

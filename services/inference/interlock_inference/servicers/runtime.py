@@ -108,6 +108,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
             nonfinite_count=seen.num_nonfinite,
             stable_median_ms=median_ms(seen.stable_seconds),
             candidate_median_ms=median_ms(seen.candidate_seconds),
+            ensemble=seen.subject,
         )
 
     async def ApplyRoute(self, request: pb.ApplyRouteRequest, context: Context) -> pb.ApplyRouteResponse:

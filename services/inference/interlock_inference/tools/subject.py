@@ -31,8 +31,13 @@ def short(provider: str) -> str:
 
 
 def opened(path: Path, options: EngineOptions) -> Opened:
-    """The version, loaded. Raises ValueError for unknown providers, and what `repository.open_artifact` raises."""
-    return open_artifact(path, "", onnx.check_options(options), lambda percent, message: None)
+    """The version, loaded. Raises ValueError for unknown providers and for an ensemble, and what `repository.open_artifact` raises."""
+    found = open_artifact(path, "", onnx.check_options(options), lambda percent, message: None)
+    if found.spec is not None and found.spec.engine == "ensemble":
+        raise ValueError(
+            f"{path}: an ensemble has no engine of its own; measure its members, or the served ensemble with --grpc or --http"
+        )
+    return found
 
 
 def model_of(subject: Opened) -> Path:

@@ -393,6 +393,7 @@ class CompareResponse(_message.Message):
     NONFINITE_COUNT_FIELD_NUMBER: _builtins.int
     STABLE_MEDIAN_MS_FIELD_NUMBER: _builtins.int
     CANDIDATE_MEDIAN_MS_FIELD_NUMBER: _builtins.int
+    ENSEMBLE_FIELD_NUMBER: _builtins.int
     sample_count: _builtins.int
     """Inputs that were compared."""
     recorded_count: _builtins.int
@@ -409,6 +410,10 @@ class CompareResponse(_message.Message):
     """Median milliseconds of one inference, stable version."""
     candidate_median_ms: _builtins.float
     """Median milliseconds of one inference, candidate."""
+    ensemble: _builtins.str
+    """The ensemble in which the largest difference was seen, its member's place taken by the candidate; empty: in the versions' own answers.
+    Format: models/{model}/versions/{version}.
+    """
     def __init__(
         self,
         *,
@@ -420,10 +425,11 @@ class CompareResponse(_message.Message):
         nonfinite_count: _builtins.int = ...,
         stable_median_ms: _builtins.float = ...,
         candidate_median_ms: _builtins.float = ...,
+        ensemble: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_median_ms", b"candidate_median_ms", "max_abs_error", b"max_abs_error", "max_rel_error", b"max_rel_error", "nonfinite_count", b"nonfinite_count", "recorded_count", b"recorded_count", "sample_count", b"sample_count", "stable_median_ms", b"stable_median_ms", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_median_ms", b"candidate_median_ms", "ensemble", b"ensemble", "max_abs_error", b"max_abs_error", "max_rel_error", b"max_rel_error", "nonfinite_count", b"nonfinite_count", "recorded_count", b"recorded_count", "sample_count", b"sample_count", "stable_median_ms", b"stable_median_ms", "top1_agreement", b"top1_agreement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
