@@ -98,7 +98,7 @@ def a_loader(
 ) -> Loader:
     """A replica's loader; without `tries=True` it loads in this process, which costs a test nothing."""
     fetched = RemoteArtifacts(home / "cache", RemoteOptions())
-    made = LoadPolicy(**{"options": EngineOptions(), "tries": False, **policy})
+    made = LoadPolicy(**{"options": EngineOptions(), "tries": False, "again_seconds": 0.1, **policy})
     clock = SystemClock()
     pacer = Pacer(registry, clock, pacing)
     return Loader(made, registry, LoadHistory(home / "loads.json"), pacer, tasks, lambda place, version: None, fetched)

@@ -126,6 +126,43 @@ async def test_a_child_gets_no_key_and_no_setting(tmp_path: Path, monkeypatch: p
         assert core.split()[4:6] == ["0", "0"]
 
 
+# --- tried again ---
+
+
+async def test_what_may_pass_is_tried_again_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = [memory.Room(0, 1 << 40, "machine")] * 2
+    real = memory.room
+    monkeypatch.setattr(memory, "room", lambda *_: rooms.pop() if rooms else real(0, 0))
+    async with dataplane_world(tmp_path) as world:
+        messages = [load.message async for load in world.replica.prepare(Wanted("policy", "1", world.artifact("1")))]
+    assert "attempt 1 failed: DOES_NOT_FIT; again in 0.1 s" in messages
+    assert "attempt 2 failed: DOES_NOT_FIT; again in 0.2 s" in messages
+    assert messages[-1] == "loaded"
+
+
+async def test_attempts_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "room", lambda *_: memory.Room(0, 1 << 40, "machine"))
+    async with dataplane_world(tmp_path) as world:
+        error = await refused(world, "1")
+        assert error.metadata["attempts"] == "3"
+        assert error.message.endswith("(tried 3 times)")
+        monkeypatch.setattr(memory, "room", lambda *_: memory.Room(0, 1, "machine"))
+        never = await refused(world, "1")
+        assert "attempts" not in never.metadata, "what is more than there ever is, is not tried again"
+
+
+async def test_a_release_ends_the_wait_for_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "room", lambda *_: memory.Room(0, 1 << 40, "machine"))
+    async with dataplane_world(tmp_path, loads={"again_seconds": 60.0}) as world, asyncio.timeout(10):
+        loads = world.replica.prepare(Wanted("policy", "1", world.artifact("1")))
+        while not (await anext(loads)).message.startswith("attempt"):
+            pass
+        await world.replica.release("policy", "1")
+        with pytest.raises(FailedPrecondition) as ended:
+            await anext(loads)
+        assert ended.value.reason == "RELEASED"
+
+
 # --- a large version stays in its child ---
 
 
@@ -245,7 +282,9 @@ async def test_what_does_not_fit_is_refused_with_every_number(tmp_path: Path) ->
     assert error.metadata["needed_bytes"] == str(memory.LOAD_FACTOR * size_bytes)
     assert error.metadata["measured"] == "false"
     assert {"reserve_bytes", "available_bytes", "limit_bytes"} <= error.metadata.keys()
-    assert error.retry_after_seconds
+    assert (error.retry_after_seconds is None) == (
+        int(error.metadata["needed_bytes"]) > int(error.metadata["limit_bytes"])
+    )
 
 
 async def test_what_was_measured_counts_the_next_time(tmp_path: Path) -> None:
@@ -324,7 +363,8 @@ async def test_a_load_waits_while_what_serves_is_slow(tmp_path: Path) -> None:
 
 async def test_a_load_that_never_gets_its_turn_is_given_up(tmp_path: Path) -> None:
     pacing = PacingPolicy(floor_seconds=0.01, factor=1.0, slice_seconds=0.0, pause_seconds_max=0.3, gives_up=True)
-    async with dataplane_world(tmp_path, pacing=pacing, loads={**TRIED, "program": slow_child(30.0)}) as world:
+    loads = {**TRIED, "program": slow_child(30.0), "attempts": 1}
+    async with dataplane_world(tmp_path, pacing=pacing, loads=loads) as world:
         await world.load("1")
         await world.route(1, "1")
         stats = world.registry.find("policy", "1").stats

@@ -125,6 +125,7 @@ def _loading(own: InferenceSettings, options: EngineOptions) -> LoadPolicy:
         isolate_bytes=own.isolate_mb << 20 if CHILDREN else 0,
         tries=own.try_loads and CHILDREN,
         timeout_seconds=own.load_timeout_seconds,
+        attempts=own.load_attempts,
         limit_bytes=own.memory_limit_mb << 20,
         reserve_bytes=own.memory_reserve_mb << 20,
         channels=_worker_threads(own.intra_op_threads) + 1,  # and one for warm-up and comparison

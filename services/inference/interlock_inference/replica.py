@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ from interlock_inference.slots import Drained, Origin, Registry, Slot, SlotState
 COMPARE_SAMPLES = 64
 MADE_UP_ROWS = 8
 HOPS = 5  # tries, of which the fastest counts
+HOLD_SECONDS = 0.1  # between two looks at whether a load that waits for its next attempt is still wanted
 REVIVE_SECONDS = (
     0.0,
     1.0,
@@ -270,7 +272,7 @@ class Replica:
             loop.call_soon_threadsafe(self._progress, load, percent, message)
 
         try:
-            opened = await self._loader.open(load.slot, wanted.digest, load.hold, progress, _Pauses(self, load))
+            opened = await self._opened(load, wanted, progress)
             self._take(load, opened, wanted)
         except InterlockError as error:
             self._load_failed(load, error)
@@ -281,6 +283,22 @@ class Replica:
             load.done = True
             self._counted.ended(load.slot.model, load.error)
             self.changed.fire()
+
+    async def _opened(self, load: Load, wanted: Wanted, progress: repository.Progress) -> Opened:
+        """Tries again, a few times and later each time, what may be otherwise in a moment: memory, a store far away, a child that hung."""
+        for attempt in itertools.count(1):
+            try:
+                return await self._loader.open(load.slot, wanted.digest, load.hold, progress, _Pauses(self, load))
+            except InterlockError as error:
+                delay = self._loader.again_in(attempt, error)
+                if delay is None:
+                    raise error if attempt == 1 else _after(attempt, error) from None
+                _log.info("load_again", version=load.slot.name, attempt=attempt, seconds=delay, reason=error.reason)
+                self._progress(load, 0.0, f"attempt {attempt} failed: {error.reason}; again in {delay:g} s")
+            for _ in range(math.ceil(delay / HOLD_SECONDS)):
+                await self._clock.sleep(HOLD_SECONDS)
+                load.hold.check()
+        raise AssertionError("counts for ever")
 
     def _progress(self, load: Load, percent: float, message: str) -> None:
         load.percent, load.message = percent, message
@@ -320,16 +338,13 @@ class Replica:
 
     def _watch(self, slot: Slot, engine: IsolatedEngine) -> None:
         """Brings the version back when its child ends."""
-        loop, control = asyncio.get_running_loop(), engine.control
 
-        def ended() -> None:
-            loop.remove_reader(control)
-            if slot.opened is not None and slot.opened.engine is engine and engine.control is control:
-                engine.close()
-                _log.error("engine_lost", version=slot.name, process=engine.pid)
-                self._tasks.create_task(self._revive(slot, engine))
+        def lost() -> None:
+            engine.close()
+            _log.error("engine_lost", version=slot.name, process=engine.pid)
+            self._tasks.create_task(self._revive(slot, engine))
 
-        loop.add_reader(control, ended)
+        engine.watch(lost)
 
     async def _revive(self, slot: Slot, engine: IsolatedEngine) -> None:
         for attempt in itertools.count():
@@ -669,6 +684,17 @@ def _fits(slot: Slot, inputs: Mapping[str, Array]) -> bool:
 
 def _nothing() -> None:
     """What a hop carries."""
+
+
+def _after(attempts: int, error: InterlockError) -> InterlockError:
+    """The last refusal, saying how often it was tried."""
+    return type(error)(
+        f"{error.message} (tried {attempts} times)",
+        reason=error.reason,
+        field=error.field,
+        retry_after_seconds=error.retry_after_seconds,
+        metadata={**error.metadata, "attempts": str(attempts)},
+    )
 
 
 def _released(slot: Slot) -> FailedPrecondition:

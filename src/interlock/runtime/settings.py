@@ -67,6 +67,12 @@ class InferenceSettings(Group):
         64, ge=0, description="a version whose files have this many MiB stays in a process of its own; 0: never"
     )
     load_timeout_seconds: float = Field(300.0, gt=0, description="longest time that a child may take to load a version")
+    load_attempts: int = Field(
+        3,
+        ge=1,
+        le=10,
+        description="tries of a load that fails for a reason that may pass (memory, a remote store, a time-out)",
+    )
     load_p99_factor: float = Field(
         2.0, ge=0, description="a load is paused while p99 is above this many times the p99 before it; 0: never"
     )

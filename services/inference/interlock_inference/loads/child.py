@@ -175,7 +175,6 @@ def _out_of_memory(order: dict[str, Any]) -> InterlockError:
     return ResourceExhausted(
         f"loading {order['path']} needs more than the {order['memory_bytes']} bytes of memory there are for it",
         reason="DOES_NOT_FIT",
-        retry_after_seconds=5.0,
         metadata={"path": order["path"], "available_bytes": str(order["memory_bytes"])},
     )
 

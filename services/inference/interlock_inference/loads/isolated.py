@@ -6,10 +6,12 @@ serves all the others is not.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import queue
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from interlock.errors import Unavailable
 from interlock_inference.engines import Array
@@ -28,13 +30,15 @@ class IsolatedEngine:
         self.providers = report.providers
         self.signature = report.signature
         self._child = child
+        self._unwatch: Callable[[], object] = _nothing
         self._free: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
         self.adopt(child)
 
-    @property
-    def control(self) -> socket.socket:
-        """Readable when the child has ended."""
-        return self._child.control
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Has `lost` called, on the running loop, when the child ends before this is closed."""
+        loop, control = asyncio.get_running_loop(), self._child.control
+        self._unwatch = functools.partial(loop.remove_reader, control)
+        loop.add_reader(control, lost)
 
     @property
     def pid(self) -> int:
@@ -73,15 +77,21 @@ class IsolatedEngine:
         return arrays
 
     def close(self) -> None:
-        """See `Engine.close`; also for a child that was lost. The kernel frees its memory, on nobody's time here."""
+        """See `Engine.close`; also for a child that was lost. On the loop. The kernel frees its memory, on nobody's time here."""
+        self._unwatch()
+        self._unwatch = _nothing
         free, self._free = self._free, queue.SimpleQueue()
         self._free.put(None)
         free.put(None)
         while (channel := free.get()) is not None:
             _shut(channel)
         free.put(None)  # for those that still come to the old queue
-        if self.control.fileno() >= 0:
+        if self._child.control.fileno() >= 0:
             threading.Thread(target=self._child.close, name="reap").start()
+
+
+def _nothing() -> None:
+    """Nobody watches."""
 
 
 def _shut(channel: Channel) -> None:

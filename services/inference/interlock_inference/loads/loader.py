@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from interlock.errors import FailedPrecondition
+from interlock.errors import FailedPrecondition, InterlockError
 from interlock.stores import artifacts, modelspec, remote
 from interlock.stores.modelspec import ModelSpec
 from interlock.stores.remote import RemoteArtifacts
@@ -39,6 +39,7 @@ from interlock_inference.slots import ANSWERS, Registry, Slot
 LOADER_NICENESS = 10  # a load must not hurt the tail of what serves
 HEAVY = frozenset({"torch"})
 """Engines whose library is not for the serving process: importing torch costs it a second of its interpreter and 150 MB."""
+AGAIN_SECONDS_MAX = 10.0  # REQUIREMENTS R2: retries after 2 to 10 s
 ADDRESS_SLACK_BYTES = 512 << 20  # address space that nobody touches: thread stacks, allocator arenas
 
 
@@ -51,6 +52,7 @@ class LoadPolicy:
         tries: a child tries what is to be loaded while something serves.
         limit_bytes: of the replica and its children together; 0 for none. `reserve_bytes` stay free in any case.
         channels: runs at once of a version in a child.
+        attempts: of a load that fails for a reason that may pass; `again_seconds` before the second, twice as long before each next one.
     """
 
     options: EngineOptions
@@ -60,6 +62,8 @@ class LoadPolicy:
     limit_bytes: int = 0
     reserve_bytes: int = 0
     channels: int = 2
+    attempts: int = 3
+    again_seconds: float = 2.0
     program: Sequence[str] = PROGRAM
 
 
@@ -126,6 +130,12 @@ class Loader:
                 return await loop.run_in_executor(
                     self._here, self._open_here, slot, path, report.digest, hold, progress
                 )
+
+    def again_in(self, attempt: int, error: InterlockError) -> float | None:
+        """Seconds after which a load may be tried again that has failed so often; None when it may not. What will always fail says no time."""
+        if error.retry_after_seconds is None or attempt >= self._policy.attempts:
+            return None
+        return min(self._policy.again_seconds * 2.0 ** (attempt - 1), AGAIN_SECONDS_MAX)
 
     async def revive(self, slot: Slot, engine: IsolatedEngine) -> None:
         """Loads the version of a lost child into a new one; raises as `open`. Paced by nothing: the version serves nobody now."""

@@ -98,7 +98,7 @@ def check(what: str, need: Need, now: Room, reserve_bytes: int, held: Mapping[st
         f"{what} needs {need.peak_bytes} bytes to load ({needed_is}) and {reserve_bytes} are kept in reserve; "
         f"{now.available_bytes} of {now.limit_bytes} are available ({now.bound_by}); held by {holding}",
         reason="DOES_NOT_FIT",
-        retry_after_seconds=RETRY_SECONDS,
+        retry_after_seconds=RETRY_SECONDS if need.peak_bytes + reserve_bytes <= now.limit_bytes else None,
         metadata={
             "needed_bytes": str(need.peak_bytes),
             "reserve_bytes": str(reserve_bytes),

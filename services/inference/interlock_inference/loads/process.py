@@ -24,6 +24,7 @@ from interlock_inference.repository import Progress
 PROGRAM = (sys.executable, "-m", "interlock_inference.loads.child")
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "LANG", failpoints.VARIABLE)
 """What a child gets of our environment, with our import path: where its programs are; never a key, never a setting."""
+AGAIN_SECONDS = 5.0
 _TURN_SECONDS = 0.1
 
 
@@ -133,7 +134,7 @@ class Child:
             else:
                 return _report(message["loaded"])
         self.kill()
-        raise self._crashed("timeout", f"did not finish in {timeout_seconds:g} s and was stopped")
+        raise self._crashed("timeout", f"did not finish in {timeout_seconds:g} s and was stopped", AGAIN_SECONDS)
 
     def _ended(self) -> InterlockError:
         code = self._wait()
@@ -146,11 +147,12 @@ class Child:
         }
         return self._crashed(name, f"was ended by {name}{causes.get(name, '')}")
 
-    def _crashed(self, how: str, what: str) -> FailedPrecondition:
+    def _crashed(self, how: str, what: str, again_seconds: float | None = None) -> FailedPrecondition:
         return FailedPrecondition(
             f"{self._order.path}: the process that tried to load it {what}; what serves is untouched",
             reason="LOAD_CRASHED",
             field="artifact_uri",
+            retry_after_seconds=again_seconds,
             metadata={"path": self._order.path, "how": how},
         )
 
