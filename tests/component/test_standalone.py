@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 import onnx_models
-from dataplane_world import Nobody, a_call
+from dataplane_world import Nobody, a_call, a_loader
 from interlock.api.inference.v1 import runtime_service_pb2 as runtime_pb
 from interlock.api.oip import messages as pb
+from interlock.core.ensemble import Step
 from interlock.errors import FailedPrecondition, InterlockError, NotFound, Unimplemented
 from interlock.runtime.clock import SystemClock
 from interlock.runtime.settings import InferenceSettings
+from interlock.stores import artifacts, modelspec
+from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.dataplane import DataPlane
-from interlock_inference.engines import EngineOptions
+from interlock_inference.metrics import LoadMetrics
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica
 from interlock_inference.slots import Registry
@@ -66,7 +70,10 @@ async def folder(root: Path, **settings: Any) -> AsyncIterator[Folder]:
     plane = DataPlane(registry, recorder, Nobody())
     own = InferenceSettings(**{"repository": str(root), "repository_settle_seconds": 0, **settings})
     async with asyncio.TaskGroup() as tasks:
-        replica = Replica(registry, recorder, NoFile(), SystemClock(), tasks, options=EngineOptions(), warmup_iterations=2)  # fmt: skip
+        loader, counted = a_loader(root.parent, registry, tasks), LoadMetrics(CollectorRegistry())
+        replica = Replica(
+            registry, recorder, NoFile(), SystemClock(), tasks, loader=loader, counted=counted, warmup_iterations=2
+        )
         try:
             yield Folder(root, registry, plane, Standalone(replica, registry, own, SystemClock(), tasks))
         finally:
@@ -249,3 +256,20 @@ async def test_a_watched_folder_takes_no_orders_and_is_ready_when_it_serves(tmp_
         async with asyncio.timeout(10):
             while not (await remote.oip.ModelReady(pb.ModelReadyRequest(name="policy", version="2"))).ready:
                 await asyncio.sleep(0.02)
+
+
+async def test_an_ensemble_is_served_after_the_members_that_lie_beside_it(tmp_path: Path) -> None:
+    """The last by name is looked at first, and again after its member."""
+    async with folder(tmp_path / "models") as f:
+        tensors = [TensorSpec(name, "FP32", (-1, 4)) for name in ("x", "y")]
+        steps = (Step("policy", {"x": "x"}, {"y": "y"}),)
+        (f.root / "zoo" / "1").mkdir(parents=True)
+        spec = ModelSpec("zoo", (tensors[0],), (tensors[1],), "ensemble", "", steps=steps)
+        modelspec.write_spec(f.root / "zoo" / "1", spec)
+        artifacts.write_manifest(f.root / "zoo" / "1")
+        f.put("7")
+        assert await f.standalone.step()
+        assert not await f.standalone.step()
+        reply = await f.plane.infer(a_call(model="zoo"))
+        assert float(reply.outputs[0][0, 0]) == 7
+        assert [slot.name for slot in reply.members] == ["models/policy/versions/7"]
