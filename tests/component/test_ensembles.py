@@ -158,6 +158,17 @@ async def test_a_split_member_gives_both_its_steps_the_same_version(world: World
     assert seen == {("1",), ("2",)}
 
 
+async def test_looking_whether_it_is_ready_does_not_take_a_turn_of_the_split(world: World) -> None:
+    await served(world, two())
+    await load(world, "a", "2")
+    await route(world, "a", 2, "1", "2")
+    seen = []
+    for _ in range(10):
+        assert health.wanted(world.registry)["models/both"]
+        seen.append((await ask(world)).members[0].version)
+    assert sorted(seen) == ["1"] * 5 + ["2"] * 5
+
+
 async def test_members_batch_what_ensembles_ask_of_them(world: World) -> None:
     slow = await load(world, "a", "1", onnx_models.slow(1.0, size=300), batching=BatchingSpec())
     await route(world, "a", 1, "1")

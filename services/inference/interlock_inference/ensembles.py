@@ -16,16 +16,30 @@ from interlock.errors import FailedPrecondition, InterlockError, Unavailable
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import Array, Signature
 from interlock_inference.engines.ensemble import Plan
-from interlock_inference.slots import ANSWERS, RETRY_SECONDS, Registry, Slot, Snapshot
+from interlock_inference.slots import ANSWERS, RETRY_SECONDS, ModelRoute, Registry, Slot, Snapshot
 
 Runner = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
+Choice = Callable[[ModelRoute], str | None]
+
+
+def in_turn(route: ModelRoute) -> str | None:
+    """The version that the next request gets. The route remembers that it was given: for requests only."""
+    return route.picker.pick()
+
+
+def heaviest(route: ModelRoute) -> str | None:
+    """The version with the largest share."""
+    return route.route.heaviest()
 
 
 # --- who takes part ---
 
 
-def members(plan: Plan, snapshot: Snapshot) -> list[Slot]:
+def members(plan: Plan, snapshot: Snapshot, choose: Choice = in_turn) -> list[Slot]:
     """The slot of each step, one and the same for all steps that name a model alike.
+
+    Args:
+        choose: the version of a route: for a request the next in turn, which the route remembers; for anything else the heaviest.
 
     Raises:
         Unavailable: `MEMBER_NOT_READY`, naming the step's model; worth trying again.
@@ -34,14 +48,14 @@ def members(plan: Plan, snapshot: Snapshot) -> list[Slot]:
     for step in plan.steps:
         key = step.model, step.version
         if key not in picked:
-            picked[key] = _member(step, snapshot)
+            picked[key] = _member(step, snapshot, choose)
     return [picked[step.model, step.version] for step in plan.steps]
 
 
-def _member(step: Step, snapshot: Snapshot) -> Slot:
+def _member(step: Step, snapshot: Snapshot, choose: Choice) -> Slot:
     if step.version == SERVING:
         routed = snapshot.routes.get(step.model)
-        version = routed.picker.pick() if routed is not None else None
+        version = choose(routed) if routed is not None else None
         slot = routed.slots[version] if routed is not None and version is not None else None
     else:
         slot = snapshot.slots.get(step.model, {}).get(step.version)
@@ -65,7 +79,7 @@ def is_ready(slot: Slot, snapshot: Snapshot) -> bool:
     if slot.state not in ANSWERS:
         return False
     try:
-        return plan is None or bool(members(plan, snapshot))
+        return plan is None or bool(members(plan, snapshot, heaviest))
     except Unavailable:
         return False
 
@@ -115,7 +129,7 @@ def check_fits(spec: ModelSpec, plan: Plan, snapshot: Snapshot) -> None:
         FailedPrecondition: `ENSEMBLE_MEMBER_MISSING`, `SIGNATURE_MISMATCH`, naming the step and the tensor.
     """
     try:
-        slots = members(plan, snapshot)
+        slots = members(plan, snapshot, heaviest)
     except Unavailable as error:
         raise FailedPrecondition(
             f"{error.message}; load it, and route to it, before the ensemble",
@@ -183,7 +197,7 @@ def runner(slot: Slot, snapshot: Snapshot, instead: Slot | None = None) -> tuple
     if plan is None:
         assert slot.opened is not None, "a loaded slot has its engine"
         return slot.opened.engine.run, (slot,)
-    slots = members(plan, snapshot)
+    slots = members(plan, snapshot, heaviest)
     if instead is not None:
         follows = [step.model == instead.model and step.version == SERVING for step in plan.steps]
         slots = [instead if yes else member for yes, member in zip(follows, slots, strict=True)]

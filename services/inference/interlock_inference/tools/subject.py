@@ -6,12 +6,13 @@ The digest is checked and the claims of model.toml are held against the graph, s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from interlock.errors import InvalidArgument
+from interlock.runtime import settings
 from interlock.stores import golden
 from interlock_inference.engines import Array, Engine, EngineOptions, Signature, made_up_inputs, onnx
 from interlock_inference.repository import Opened, open_artifact
@@ -32,7 +33,7 @@ def short(provider: str) -> str:
 
 def opened(path: Path, options: EngineOptions) -> Opened:
     """The version, loaded. Raises ValueError for unknown providers and for an ensemble, and what `repository.open_artifact` raises."""
-    found = open_artifact(path, "", onnx.check_options(options), lambda percent, message: None)
+    found = open_artifact(path, "", _with_modules(onnx.check_options(options)), lambda percent, message: None)
     if found.spec is not None and found.spec.engine == "ensemble":
         raise ValueError(
             f"{path}: an ensemble has no engine of its own; measure its members, or the served ensemble with --grpc or --http"
@@ -45,6 +46,11 @@ def model_of(subject: Opened) -> Path:
     if subject.path.is_file():
         return subject.path
     return subject.path / (subject.spec.file if subject.spec is not None else "model.onnx")
+
+
+def _with_modules(options: EngineOptions) -> EngineOptions:
+    """What the operator allows a replica, this command may run too."""
+    return replace(options, torch_modules=tuple(settings.load().inference.torch_modules))
 
 
 def run_of(engine: Engine, inputs: Mapping[str, Array]) -> Callable[[], object]:
