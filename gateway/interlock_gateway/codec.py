@@ -31,7 +31,8 @@ _FLOATS = {"FP32": "f", "FP64": "d"} if sys.byteorder == "little" else {}
 _NUMBERS = frozenset({float, int})
 _OWN_PARAMETERS = frozenset({"binary_data_output"})
 _RAW_INPUT, _RAW_OUTPUT = b"\x3a", 0x32
-"""Tags of `raw_input_contents` (7) and `raw_output_contents` (6), length-delimited."""
+_STREAM_ERROR = 0x0A
+"""Tags of `raw_input_contents` (7) and `raw_output_contents` (6), length-delimited; of a stream's `error_message` (1)."""
 SCAN_BYTES = 1 << 16
 """From this size on a response's raw outputs are taken as views instead of being copied out of a parsed message."""
 
@@ -294,10 +295,26 @@ def _varint(value: int) -> bytes:
     return bytes(parts)
 
 
-def from_wire(wire: bytes) -> InferAnswer:
+def stream_parts(wire: bytes) -> tuple[str, Buffer]:
+    """(error message, serialized ModelInferResponse) of a serialized ModelStreamInferResponse; the latter is a view on a large one."""
+    view, at, message = memoryview(wire), 0, ""
+    body: Buffer = b""
+    while at < len(wire):
+        tag = wire[at]
+        length, at = _length(wire, at + 1)
+        part = view[at : at + length]
+        if tag == _STREAM_ERROR:
+            message = str(part, "utf-8", "replace")
+        else:
+            body = part if length >= SCAN_BYTES else bytes(part)
+        at += length
+    return message, body
+
+
+def from_wire(wire: Buffer) -> InferAnswer:
     """An answer from a serialized ModelInferResponse; the outputs of a large one are views on it."""
     head, raws = _split(wire) if len(wire) >= SCAN_BYTES else (wire, [])
-    answer = messages.ModelInferResponse.FromString(head)
+    answer = messages.ModelInferResponse.FromString(bytes(head))
     raws = raws or list(answer.raw_output_contents)
     outputs = [
         Tensor(output.name, output.datatype, list(output.shape), raw)
@@ -306,7 +323,7 @@ def from_wire(wire: bytes) -> InferAnswer:
     return InferAnswer(answer.model_name, answer.model_version, answer.id, outputs, parameters(answer))
 
 
-def _split(wire: bytes) -> tuple[bytes, list[Buffer]]:
+def _split(wire: Buffer) -> tuple[Buffer, list[Buffer]]:
     """The message without its raw outputs, and those. A message with anything else than length-delimited fields is left whole."""
     view, at = memoryview(wire), 0
     rest: list[Buffer] = []
@@ -324,7 +341,7 @@ def _split(wire: bytes) -> tuple[bytes, list[Buffer]]:
     return b"".join(rest), raws
 
 
-def _length(wire: bytes, at: int) -> tuple[int, int]:
+def _length(wire: Buffer, at: int) -> tuple[int, int]:
     value, shift = 0, 0
     while True:
         byte = wire[at]

@@ -11,7 +11,7 @@ Rules of this file
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,10 @@ from typing import Any
 from grpc import StatusCode, aio
 
 from interlock.core.ports import Clock
+from interlock.errors import Unavailable
 from interlock.runtime.channels import open_channel
 from interlock.runtime.status import from_rpc_error
+from interlock_gateway.streams import Streams
 
 COOL_SECONDS = 1.0
 ONCE = ("RepositoryModelLoad", "RepositoryModelUnload")
@@ -61,14 +63,19 @@ class Spread:
     def unary_unary(self, path: str, **codecs: Any) -> Callable[..., Any]:
         """See `aio.Channel`; the call is a coroutine."""
         calls = {line.address: line.channel.unary_unary(path, **codecs) for line in self.lines}
-        once = path.endswith(ONCE)
+        return self._asked(calls, once=path.endswith(ONCE))
 
+    def predictions(self, path: str) -> Callable[..., Any]:
+        """One request, one answer, over streams that stay open; see `streams`."""
+        return self._asked({line.address: Streams(line.channel.stream_stream(path)) for line in self.lines})
+
+    def _asked(self, calls: Mapping[str, Callable[..., Any]], *, once: bool = False) -> Callable[..., Any]:
         async def ask(request: Any, *, timeout: float | None = None, metadata: Any = None) -> Any:
             start = self._clock.monotonic()
             line = self.pick()
             try:
                 return await self._on(line, calls[line.address](request, timeout=timeout, metadata=metadata))
-            except aio.AioRpcError as failed:
+            except (aio.AioRpcError, Unavailable) as failed:
                 left = None if timeout is None else timeout - (self._clock.monotonic() - start)
                 if once or not self._may_ask_again(line, failed) or (left is not None and left <= 0):
                     raise
@@ -84,10 +91,10 @@ class Spread:
         finally:
             line.in_flight -= 1
 
-    def _may_ask_again(self, line: Line, failed: aio.AioRpcError) -> bool:
-        if failed.code() is not StatusCode.UNAVAILABLE:
+    def _may_ask_again(self, line: Line, failed: aio.AioRpcError | Unavailable) -> bool:
+        if isinstance(failed, aio.AioRpcError) and failed.code() is not StatusCode.UNAVAILABLE:
             return False
-        reason = from_rpc_error(failed).reason
+        reason = failed.reason if isinstance(failed, Unavailable) else from_rpc_error(failed).reason
         if reason == "UNAVAILABLE":  # nobody said anything: the connection failed
             self.cool(line)
         return len(self.lines) > 1 or reason == "DRAINING"

@@ -20,9 +20,10 @@ from interlock.api.trainer.v1.checkpoint_service_pb2_grpc import CheckpointServi
 from interlock.api.trainer.v1.metrics_service_pb2_grpc import MetricsServiceStub
 from interlock.api.trainer.v1.run_service_pb2_grpc import RunServiceStub
 from interlock.core.ports import Clock
+from interlock.runtime import telemetry
 from interlock.runtime.access import KEY_HEADER
 from interlock.runtime.channels import Caller, open_channel
-from interlock.runtime.infer import Answerer, InferAnswer, InferRequest
+from interlock.runtime.infer import TRACE, Answerer, InferAnswer, InferRequest
 from interlock.runtime.settings import Settings
 from interlock.runtime.status import translated
 from interlock.runtime.streams import until
@@ -52,6 +53,7 @@ class Upstreams:
     clock: Clock
     inference: Any
     infer: Any
+    predictions: Any
     runtime: Any
     swaps: Any
     models: Any
@@ -81,8 +83,11 @@ class Upstreams:
         return self._infer(request, timeout, traceparent)
 
     async def _infer(self, request: InferRequest, timeout: float, traceparent: str) -> InferAnswer:
-        metadata = ((KEY_HEADER, self.caller.key), ("traceparent", traceparent))
-        return cast(InferAnswer, await translated(self.infer(request, timeout=timeout, metadata=metadata)))
+        if telemetry.exporting() or telemetry.is_sampled(traceparent):  # a span belongs to a call
+            metadata = ((KEY_HEADER, self.caller.key), (TRACE, telemetry.current_traceparent() or traceparent))
+            return cast(InferAnswer, await translated(self.infer(request, timeout=timeout, metadata=metadata)))
+        pairs = {KEY_HEADER: self.caller.key, TRACE: traceparent}
+        return cast(InferAnswer, await self.predictions(request, timeout=timeout, metadata=pairs))
 
     async def signature(self, model: str) -> Any:
         """ModelMetadata of the version that serves `model`, believed for a few seconds."""
@@ -124,6 +129,7 @@ async def upstreams(
                 request_serializer=codec.to_wire,
                 response_deserializer=codec.from_wire,
             ),
+            predictions=replicas.predictions(f"/{rpc.SERVICE_NAME}/ModelStreamInfer"),
             runtime=near.runtime if near else RuntimeServiceStub(inference),
             alone=near is not None and near.alone,
             swaps=SwapServiceStub(controller),

@@ -20,6 +20,8 @@ VERSION, STEP, DIGEST, EPOCH, MEMBERS, TRACE = (
     "traceparent",
 )
 """Response parameters that say which weights answered, and in which trace."""
+STATUS = "interlock-status"
+"""Metadata that asks a stream to say errors whole; the parameter of a failed response that then carries its google.rpc.Status, as base64."""
 
 
 @dataclass(slots=True)

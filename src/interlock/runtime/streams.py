@@ -79,3 +79,35 @@ async def until(stream: AsyncIterator[Any], stopping: asyncio.Event) -> AsyncIte
         stopped.cancel()
         if hasattr(stream, "aclose"):
             await stream.aclose()
+
+
+async def reading(stream: AsyncIterator[Any], stopping: asyncio.Event) -> AsyncIterator[Any]:
+    """As `until`, for a handler that reads its requests in its own task: nothing is made per message."""
+    reader = asyncio.current_task()
+    assert reader is not None, "read by a handler"
+    waits = ended = False
+
+    def end(_: asyncio.Task[Any]) -> None:
+        nonlocal ended
+        if waits:
+            ended = True
+            reader.cancel()
+
+    stopped = asyncio.ensure_future(stopping.wait())  # noqa: TID251  lives and dies inside this generator
+    stopped.add_done_callback(end)
+    try:
+        while not stopping.is_set():
+            waits = True
+            try:
+                message = await anext(stream, _END)
+            except asyncio.CancelledError:
+                if not ended or reader.uncancel():
+                    raise
+                return
+            finally:
+                waits = False
+            if message is _END:
+                return
+            yield message
+    finally:
+        stopped.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
@@ -14,7 +15,9 @@ from interlock.api.oip import messages as pb
 from interlock.core.names import check_id
 from interlock.errors import InterlockError, InvalidArgument, NotFound, Unimplemented
 from interlock.runtime import telemetry
-from interlock.runtime.streams import until
+from interlock.runtime.infer import STATUS, TRACE
+from interlock.runtime.status import to_status
+from interlock.runtime.streams import reading
 from interlock.runtime.tracing import caller_traceparent
 from interlock_inference import ensembles
 from interlock_inference.dataplane import DataPlane
@@ -70,22 +73,28 @@ class OipServicer:
         remaining = context.time_remaining()
         call = InferCall(request, _deadline(request, remaining))
         reply = await self._plane.infer(call)
-        return self._maker.response(request, reply, _trace(context))
+        return self._maker.response(request, reply, _trace(request, context))
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Answers requests in their order; a request that fails is answered by its error and the stream goes on."""
-        async for request in until(aiter(requests), self._stopping):
-            yield await self._stream_one(request, context)
+        whole = any(name == STATUS for name, _ in context.invocation_metadata() or ())
+        async for request in reading(aiter(requests), self._stopping):
+            yield await self._stream_one(request, context, whole)
 
-    async def _stream_one(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelStreamInferResponse:
+    async def _stream_one(
+        self, request: pb.ModelInferRequest, context: Context, whole: bool
+    ) -> pb.ModelStreamInferResponse:
         try:
             response = pb.ModelStreamInferResponse(infer_response=await self.ModelInfer(request, context))
         except InterlockError as error:
             failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
             failed.parameters["interlock-reason"].string_param = error.reason
-            response = pb.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
+            if whole:
+                status = to_status(error).SerializeToString()
+                failed.parameters[STATUS].string_param = base64.b64encode(status).decode()
+            response = pb.ModelStreamInferResponse(error_message=error.message or error.reason, infer_response=failed)
         if "triton_enable_empty_final_response" in request.parameters:
             response.infer_response.parameters["triton_final_response"].bool_param = True
         return response
@@ -256,8 +265,11 @@ def _deadline(request: pb.ModelInferRequest, remaining: float | None) -> float |
     return None if remaining is None else time.monotonic() + remaining
 
 
-def _trace(context: Context) -> str:
-    """The trace of a call: its span's, else the caller's own, else a new one that nobody samples. An answer always names one."""
+def _trace(request: pb.ModelInferRequest, context: Context) -> str:
+    """The trace of a request: the one it says itself (on a stream), its call's span's, the caller's own, else a new one that nobody samples."""
+    if TRACE in request.parameters:
+        traceparent = request.parameters[TRACE].string_param
+        return traceparent if telemetry.trace_id_of(traceparent) else telemetry.new_traceparent()
     traceparent = caller_traceparent(context)
     if telemetry.exporting() or telemetry.is_sampled(traceparent):
         traceparent = telemetry.current_traceparent() or traceparent
