@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind
 from interlock.errors import DeadlineExceeded, InterlockError, PermissionDenied, ResourceExhausted
 from interlock.runtime import telemetry
 from interlock.runtime.access import Keys, Scope, require
+from interlock.runtime.infer import Buffer
 from interlock.runtime.settings import is_loopback
 from interlock_gateway import metrics, problems
 from interlock_gateway.predict import BATCH, INFER_TEMPLATE, Answer, Predictor, infer_route, is_prediction
@@ -34,11 +35,17 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Reply:
-    """One whole answer."""
+    """One whole answer: `body`, then `tensors` as they lie."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    tensors: Sequence[Buffer] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole body."""
+        return len(self.body) + sum(map(len, self.tensors)) if self.tensors else len(self.body)
 
 
 class _Sent:
@@ -111,7 +118,7 @@ class Gateway:
             return False
         return b"traceparent" not in headers or not telemetry.is_sampled(headers[b"traceparent"].decode("latin-1"))
 
-    def begin(self, path: str, headers: Headers, body: bytes) -> Reply | Coroutine[Any, Any, Reply]:
+    def begin(self, path: str, headers: Headers, body: Buffer) -> Reply | Coroutine[Any, Any, Reply]:
         """Answers a prediction at once if that can be, else returns what to await, which must be started. Errors are replies too."""
         start, ids = time.perf_counter(), _ids(headers)
         try:
@@ -153,7 +160,7 @@ class Gateway:
 
     def _counted(self, path: str, start: float, num_bytes: int, reply: Reply) -> Reply:
         endpoint = INFER_TEMPLATE if infer_route(path) else "unknown"
-        metrics.observe(endpoint, "POST", reply.status, time.perf_counter() - start, num_bytes, len(reply.body))
+        metrics.observe(endpoint, "POST", reply.status, time.perf_counter() - start, num_bytes, reply.num_bytes)
         return reply
 
     def _problem(self, error: Exception, path: str, ids: _Ids) -> Reply:
@@ -215,7 +222,7 @@ class Gateway:
         with _span(scope, headers, ids) if traced else _NO_SPAN:
             begun = self._predictor.begin(path, headers, body, ids.traceparent)
             answer = begun if isinstance(begun, Answer) else await begun
-        await _send_whole(send, 200, answer.headers, answer.body)
+        await _send_whole(send, 200, answer.headers, b"".join((answer.body, *answer.tensors)))
 
     # --- limits ---
 
@@ -263,7 +270,7 @@ def _too_large(max_bytes: int, setting: str = "gateway.max_body_mb") -> Interloc
 
 
 def _reply(answer: Answer, ids: _Ids) -> Reply:
-    return Reply(200, answer.headers + ids.headers(), answer.body)
+    return Reply(200, answer.headers + ids.headers(), answer.body, answer.tensors)
 
 
 def _noted(send: Send, sent: _Sent, ids: _Ids) -> Send:

@@ -62,7 +62,7 @@ def parse_object(body: Buffer) -> dict[str, Any]:
 
 
 def infer_request(
-    model: str, version: str, body: bytes, json_length: int | None
+    model: str, version: str, body: Buffer, json_length: int | None
 ) -> tuple[InferRequest, Mapping[str, bool]]:
     """A request from a body whose first `json_length` bytes (None: all) are JSON and the rest binary tensors.
 
@@ -233,8 +233,10 @@ def listed(array: Array, datatype: str) -> Any:
     return plain(array, datatype) if datatype == "BYTES" else array.tolist()
 
 
-def infer_response(answer: InferAnswer, wanted: Mapping[str, bool], traceparent: str = "") -> tuple[bytes, int | None]:
-    """(body, length of its JSON part or None when all of it is JSON) of an answer."""
+def infer_response(
+    answer: InferAnswer, wanted: Mapping[str, bool], traceparent: str = ""
+) -> tuple[bytes, list[Buffer]]:
+    """(JSON, the tensors that follow it as binary data) of an answer."""
     binary: list[Buffer] = []
     outputs = []
     for tensor in answer.outputs:
@@ -251,8 +253,7 @@ def infer_response(answer: InferAnswer, wanted: Mapping[str, bool], traceparent:
         document["id"] = answer.request_id
     document["parameters"] = {**answer.parameters, "traceparent": traceparent} if traceparent else answer.parameters
     document["outputs"] = outputs
-    text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    return (b"".join([text, *binary]), len(text)) if binary else (text, None)
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), binary
 
 
 # --- the neutral form <-> gRPC messages ---

@@ -96,8 +96,8 @@ class Protocol(HttpToolsProtocol):
             headers = dict(self.headers)
             path = self.url.decode("latin-1")
             if self.app.is_short(path, headers) and self.parser.should_keep_alive():
-                self.cycle = _Prediction(path, headers)
                 refusal = self.app.refused_unread(path, headers)
+                self.cycle = _Prediction(path, headers if refusal is None else {})
                 if refusal is not None:
                     self._refuse(refusal)
                 return
@@ -131,7 +131,9 @@ class Protocol(HttpToolsProtocol):
         if cycle.response_complete:
             return
         parts, cycle.parts = cycle.parts, []
-        begun = self.app.begin(cycle.path, cycle.headers, parts[0] if len(parts) == 1 else b"".join(parts))
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()  # they are in the body now: a large one shall not be held twice
+        begun = self.app.begin(cycle.path, cycle.headers, body)
         if isinstance(begun, Reply):
             self._reply(cycle, begun)
             return
@@ -152,13 +154,13 @@ class Protocol(HttpToolsProtocol):
         lines = [b"%b: %b\r\n" % pair for pair in (*self.server_state.default_headers, *reply.headers)]
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
-        length, body = len(reply.body), reply.body
+        length, body = reply.num_bytes, reply.body
         head = b"%b%bcontent-length: %d\r\n\r\n" % (STATUS_LINE[reply.status], b"".join(lines), length)
         if length <= ONE_WRITE_BYTES:
-            self.transport.write(head + body)
+            self.transport.write(b"".join((head, body, *reply.tensors)))
         else:
-            self.transport.write(head)
-            self.transport.write(body)
+            for part in (head, body, *reply.tensors):
+                self.transport.write(part)
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive and not self._receiving:
             self.transport.close()

@@ -18,7 +18,7 @@ import orjson
 from interlock.api.oip import messages
 from interlock.errors import FailedPrecondition, InterlockError, InvalidArgument, NotFound
 from interlock.runtime.images import IMAGE, LABELS, SCORES
-from interlock.runtime.infer import Answerer, InferAnswer, InferRequest, Tensor
+from interlock.runtime.infer import Answerer, Buffer, InferAnswer, InferRequest, Tensor
 from interlock_gateway import codec, problems, uploads
 from interlock_gateway.uploads import File
 from interlock_gateway.upstreams import Upstreams
@@ -66,10 +66,11 @@ class _Seen:
 
 @dataclass(slots=True)
 class Answer:
-    """A prediction as it goes out."""
+    """A prediction as it goes out: `body`, then `tensors` as they lie."""
 
     body: bytes
     headers: list[tuple[bytes, bytes]]
+    tensors: Sequence[Buffer] = ()
 
 
 class Predictor:
@@ -95,13 +96,15 @@ class Predictor:
         self._timeout = timeout_seconds
         self._default_model = default_model
 
-    def begin(self, path: str, headers: Headers, body: bytes, traceparent: str) -> Answer | Coroutine[Any, Any, Answer]:
+    def begin(
+        self, path: str, headers: Headers, body: Buffer, traceparent: str
+    ) -> Answer | Coroutine[Any, Any, Answer]:
         """Answers at once if it can, else returns what to await, which must be started. Raises InterlockError."""
         route = infer_route(path)
         if route is None:
             if path == BATCH or uploads.is_upload(headers):
-                return self._images(path, headers, body, traceparent)
-            return self._predict(headers, body, traceparent)
+                return self._images(path, headers, bytes(body), traceparent)
+            return self._predict(headers, bytes(body), traceparent)
         length = headers.get(BINARY_LENGTH)
         if length is not None and not length.isdigit():
             raise codec.invalid("Inference-Header-Content-Length", f"{length[:20]!r} is not a number")
@@ -249,11 +252,11 @@ async def _later(begun: Coroutine[Any, Any, InferAnswer], wanted: Mapping[str, b
 
 
 def _infer_answer(answer: InferAnswer, wanted: Mapping[str, bool], traceparent: str) -> Answer:
-    text, json_length = codec.infer_response(answer, wanted, traceparent)
+    text, tensors = codec.infer_response(answer, wanted, traceparent)
     identity = _identity(answer.parameters)
-    if json_length is None:
+    if not tensors:
         return Answer(text, [_JSON, *identity])
-    return Answer(text, [_BINARY, (BINARY_LENGTH, b"%d" % json_length), *identity])
+    return Answer(text, [_BINARY, (BINARY_LENGTH, b"%d" % len(text)), *identity], tensors)
 
 
 def _timeout(headers: Headers, default_seconds: float) -> float:

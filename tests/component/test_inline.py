@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import httpx
 import numpy as np
 import orjson
 import pytest
+from onnx import TensorProto
 
 import onnx_models
 from gateway_world import BAD, ROW, http_request, raw, tensor, world
@@ -138,3 +141,45 @@ async def test_nothing_to_serve_and_nobody_to_say_it_is_refused_at_the_start(tmp
         async with inline(settings(tmp_path, repository="")):
             pass
     assert "inference.repository" in str(refused.value.exceptions[0])
+
+
+LARGE = """
+import http.client, json, sys
+rows = 1 << 20
+size = rows * 16 * 4
+head = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, 16], "parameters": {"binary_data_size": size}}],
+                   "parameters": {"binary_data_output": True}}).encode()
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60)
+for _ in range(2):
+    connection.putrequest("POST", "/v2/models/policy/infer")
+    connection.putheader("Content-Length", str(len(head) + size))
+    connection.putheader("Inference-Header-Content-Length", str(len(head)))
+    connection.endheaders(head)
+    block = bytes(range(256)) * 4096
+    for _ in range(size // len(block)):
+        connection.send(block)
+    answer = connection.getresponse()
+    length = int(answer.getheader("Inference-Header-Content-Length"))
+    head_out = json.loads(answer.read(length))
+    assert answer.status == 200, head_out
+    for _ in range(size // len(block)):
+        assert answer.read(len(block)) == block
+    assert answer.read() == b""
+print(head_out["outputs"][0]["shape"])
+"""
+
+
+async def test_a_tensor_of_64_mib_is_copied_once_on_its_way_in_and_not_on_its_way_out(tmp_path: Path) -> None:
+    """What the process holds at its peak: the body as it came, and what the engine made of it."""
+    body = onnx_models.identity(TensorProto.FLOAT, ["batch", 16])
+    onnx_models.write_version(tmp_path / "models" / "policy" / "1", body, columns=16)
+    async with inline(settings(tmp_path, {"max_body_mb": 80})) as (_, port):
+        tracemalloc.start()
+        try:
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", LARGE, str(port), stdout=asyncio.subprocess.PIPE)  # fmt: skip
+            out, _ = await process.communicate()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert (process.returncode, out.strip()) == (0, b"[1048576, 16]")
+    assert peak < 2.25 * (64 << 20), f"{peak / (64 << 20):.2f} times the tensor"
