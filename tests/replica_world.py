@@ -109,7 +109,7 @@ class Remote:
 @asynccontextmanager
 async def a_replica(home: Path, controller_port: int = 1, **inference: Any) -> AsyncIterator[Remote]:
     """The room in this process, on free ports; taken down in order at the end."""
-    own = {"port": 0, "metrics_port": 0, **inference}
+    own = {"port": 0, "metrics_port": 0, "try_loads": False, **inference}  # a trial is 0.3 s and a test's own matter
     config = Settings(home=home, probe_interval_seconds=0, inference=own, controller={"port": controller_port})  # type: ignore[arg-type]
     stopping, started = asyncio.Event(), asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as group:

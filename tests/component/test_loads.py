@@ -105,6 +105,19 @@ async def test_a_child_that_hangs_is_stopped(tmp_path: Path) -> None:
         assert not children()
 
 
+@pytest.mark.parametrize(("breaks", "how"), [("ctypes.string_at(0)", "SIGSEGV"), ("os.abort()", "SIGABRT"), ("os._exit(3)", "exit 3")])  # fmt: skip
+async def test_whatever_ends_a_child_is_named(tmp_path: Path, breaks: str, how: str) -> None:
+    """As a malformed graph does it: in native code, in the middle of the load."""
+    code = f"import ctypes, os, socket, sys; socket.socket(fileno=int(sys.argv[1])).recv(1); {breaks}"
+    async with dataplane_world(tmp_path, loads={**TRIED, "program": (sys.executable, "-c", code)}) as world:
+        await world.load("1")
+        await world.route(1, "1")
+        error = await refused(world, "2")
+        assert error.reason == "LOAD_CRASHED"
+        assert error.metadata["how"] == how
+        assert await answer(world) == "1"
+
+
 async def test_a_child_gets_no_key_and_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INTERLOCK_API_KEY", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -159,7 +172,8 @@ async def test_a_release_ends_the_wait_for_the_next_attempt(tmp_path: Path, monk
             pass
         await world.replica.release("policy", "1")
         with pytest.raises(FailedPrecondition) as ended:
-            await anext(loads)
+            async for _ in loads:
+                pass
         assert ended.value.reason == "RELEASED"
 
 

@@ -135,6 +135,11 @@ class Replica:
         """The highest token seen."""
         return self._assignment.fencing_token
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the processes in which large versions stay."""
+        return self._loader.kept_bytes
+
     def slots(self) -> list[Slot]:
         """Every slot, failed ones included until they are released or tried again."""
         return self._registry.all_slots()

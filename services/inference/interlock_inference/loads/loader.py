@@ -220,12 +220,13 @@ class Loader:
             self._history.survived(slot.name)
 
     def _room(self) -> memory.Room:
-        kept = sum(
-            slot.opened.memory_bytes
-            for slot in self._registry.all_slots()
-            if slot.opened is not None and isinstance(slot.opened.engine, IsolatedEngine)
-        )
-        return memory.room(self._policy.limit_bytes, psutil.Process().memory_info().rss + kept)
+        return memory.room(self._policy.limit_bytes, psutil.Process().memory_info().rss + self.kept_bytes)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the children hold that stay."""
+        opened = [slot.opened for slot in self._registry.all_slots() if slot.opened is not None]
+        return sum(each.memory_bytes for each in opened if isinstance(each.engine, IsolatedEngine))
 
     def _check_room(self, path: Path, need: Need) -> None:
         held = {slot.name: slot.opened.memory_bytes for slot in self._registry.all_slots() if slot.opened is not None}

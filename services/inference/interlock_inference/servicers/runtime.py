@@ -168,7 +168,7 @@ class RuntimeServicer(pb_grpc.RuntimeServiceServicer):
             routes=[_route_message(assigned) for assigned in self._replica.routes()],
             traffic=[_traffic(slot) for slot in slots],
             start_time=_timestamp(self._started_at),
-            memory_bytes=psutil.Process().memory_info().rss,
+            memory_bytes=psutil.Process().memory_info().rss + self._replica.kept_bytes,
         )
 
 

@@ -91,7 +91,7 @@ class RuntimeServiceServicer:
     def Prepare(self, request, context):
         """Loads a version into a slot and streams its progress; the last message has state READY_TO_WARM or an error status ends the stream.
         Idempotent: a version that is loaded already answers at once. Errors: FAILED_PRECONDITION (DIGEST_MISMATCH, INVALID_ARTIFACT,
-        SIGNATURE_MISMATCH), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT). Deadline: 120 s.
+        SIGNATURE_MISMATCH, LOAD_CRASHED), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT, LOAD_STARVED). Deadline: 120 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

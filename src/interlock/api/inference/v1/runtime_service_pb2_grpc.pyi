@@ -38,7 +38,7 @@ class RuntimeServiceStub:
     Prepare: _grpc.UnaryStreamMultiCallable[_runtime_service_pb2.PrepareRequest, _runtime_service_pb2.PrepareResponse]
     """Loads a version into a slot and streams its progress; the last message has state READY_TO_WARM or an error status ends the stream.
     Idempotent: a version that is loaded already answers at once. Errors: FAILED_PRECONDITION (DIGEST_MISMATCH, INVALID_ARTIFACT,
-    SIGNATURE_MISMATCH), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT). Deadline: 120 s.
+    SIGNATURE_MISMATCH, LOAD_CRASHED), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT, LOAD_STARVED). Deadline: 120 s.
     """
     Warm: _grpc.UnaryUnaryMultiCallable[_runtime_service_pb2.WarmRequest, _runtime_service_pb2.WarmResponse]
     """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_NOT_FOUND), FAILED_PRECONDITION
@@ -77,7 +77,7 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     Prepare: _aio.UnaryStreamMultiCallable[_runtime_service_pb2.PrepareRequest, _runtime_service_pb2.PrepareResponse]  # type: ignore[assignment]
     """Loads a version into a slot and streams its progress; the last message has state READY_TO_WARM or an error status ends the stream.
     Idempotent: a version that is loaded already answers at once. Errors: FAILED_PRECONDITION (DIGEST_MISMATCH, INVALID_ARTIFACT,
-    SIGNATURE_MISMATCH), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT). Deadline: 120 s.
+    SIGNATURE_MISMATCH, LOAD_CRASHED), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT, LOAD_STARVED). Deadline: 120 s.
     """
     Warm: _aio.UnaryUnaryMultiCallable[_runtime_service_pb2.WarmRequest, _runtime_service_pb2.WarmResponse]  # type: ignore[assignment]
     """Runs warm-up inferences on a loaded version and makes it READY. Idempotent. Errors: NOT_FOUND (SLOT_NOT_FOUND), FAILED_PRECONDITION
@@ -119,7 +119,7 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_runtime_service_pb2.PrepareResponse], _abc.AsyncIterator[_runtime_service_pb2.PrepareResponse]]:
         """Loads a version into a slot and streams its progress; the last message has state READY_TO_WARM or an error status ends the stream.
         Idempotent: a version that is loaded already answers at once. Errors: FAILED_PRECONDITION (DIGEST_MISMATCH, INVALID_ARTIFACT,
-        SIGNATURE_MISMATCH), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT). Deadline: 120 s.
+        SIGNATURE_MISMATCH, LOAD_CRASHED), NOT_FOUND (ARTIFACT_MISSING), RESOURCE_EXHAUSTED (DOES_NOT_FIT, LOAD_STARVED). Deadline: 120 s.
         """
 
     @_abc_1.abstractmethod
