@@ -18,7 +18,7 @@ import orjson
 from interlock.api.oip import messages
 from interlock.errors import FailedPrecondition, InterlockError, InvalidArgument, NotFound
 from interlock.runtime.images import IMAGE, LABELS, SCORES
-from interlock.runtime.infer import Answerer, Buffer, InferAnswer, InferRequest, Tensor
+from interlock.runtime.infer import TRACE, Answerer, Buffer, InferAnswer, InferRequest, Tensor
 from interlock_gateway import codec, problems, uploads
 from interlock_gateway.uploads import File
 from interlock_gateway.upstreams import Upstreams
@@ -302,7 +302,7 @@ def _tensor(name: str, data: Any, signature: Any) -> Tensor:
 
 
 def _identity(parameters: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
-    return _identity_headers(tuple(parameters.items()))
+    return _identity_headers(tuple([item for item in parameters.items() if item[0] != TRACE]))
 
 
 @lru_cache(256)  # a version's answers all carry the same

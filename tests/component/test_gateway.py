@@ -13,11 +13,13 @@ import httpx
 import numpy as np
 import orjson
 import pytest
+from grpc import aio
 
 import onnx_models
 from gateway_world import BAD, ROW, World, http_request, raw, tensor, world
 from interlock.runtime.access import Scope, hash_key, new_key
 from interlock.runtime.settings import Settings
+from interlock.runtime.telemetry import trace_id_of
 
 
 async def test_infer_answers_in_the_protocols_json_and_names_the_weights(tmp_path: Path) -> None:
@@ -316,6 +318,12 @@ async def test_every_answer_names_its_trace(tmp_path: Path) -> None:
         assert answer.parameters["traceparent"].string_param.startswith("00-")
         echoed = await w.replica.oip.ModelInfer(direct, metadata=(("traceparent", mine + "00"),))
         assert echoed.parameters["traceparent"].string_param == mine + "00"
+        direct.model_name = "nobody"
+        for metadata, trace in (((("traceparent", mine + "00"),), "ab" * 16), ((), "")):
+            with pytest.raises(aio.AioRpcError) as refusal:
+                await w.replica.oip.ModelInfer(direct, metadata=metadata)
+            said = dict(refusal.value.trailing_metadata())["traceparent"]
+            assert trace_id_of(said) == (trace or trace_id_of(said)) != ""
 
 
 def onnx_request() -> Any:

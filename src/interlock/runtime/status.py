@@ -18,6 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from interlock.errors import BY_KIND, DeadlineExceeded, InterlockError, Internal, Unavailable
+from interlock.runtime import telemetry
 from interlock.runtime.streams import yielding
 
 DOMAIN = "interlock"
@@ -83,11 +84,17 @@ def _as_interlock(error: Exception, method: str) -> InterlockError:
     return Internal(f"internal error {error_id}", metadata={"error_id": error_id})
 
 
+def _trace_of(context: Any) -> str:
+    """The trace that a refusal belongs to: the span's, the caller's, or a new one that nobody samples."""
+    given = next((str(value) for name, value in context.invocation_metadata() or () if name == "traceparent"), "")
+    known = telemetry.current_traceparent() or given
+    return known if telemetry.trace_id_of(known) else telemetry.new_traceparent()
+
+
 async def _abort(context: Any, error: InterlockError) -> NoReturn:
     status = to_status(error)
-    await context.abort(
-        _CODES[error.kind], error.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
-    )
+    trailing = ((DETAILS_KEY, status.SerializeToString()), ("traceparent", _trace_of(context)))
+    await context.abort(_CODES[error.kind], error.message, trailing_metadata=trailing)
     raise AssertionError("abort returned")
 
 
