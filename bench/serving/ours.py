@@ -19,6 +19,12 @@ _ROOM = {
 
 OURS = (
     Contestant("Interlock, replica", ("grpc",), command=("-m", "interlock_inference"), environment=_ROOM),
+    Contestant(
+        "Interlock, inline",
+        ("grpc", "http"),
+        command=("-m", "interlock_gateway"),
+        environment=_ROOM | {"INTERLOCK_GATEWAY_INLINE": "true"},
+    ),
     Contestant("Interlock, gateway and replica", ("http",), command=(__file__,), environment=_ROOM),
 )
 
