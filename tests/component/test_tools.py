@@ -85,6 +85,15 @@ def test_bench_measures_each_batch_and_thread_count_and_keeps_a_report_beside_th
     assert artifacts.verify(version).digest == before
 
 
+def test_bench_serves_a_version_for_the_purpose(tmp_path: Path) -> None:
+    document = bench(digits_version(tmp_path / "1"), "--batch", "1,4", "--serve", "--in-flight", "2", "--no-report")
+    assert [(r["subject"], r["face"], r["batch"], r["in_flight"]) for r in document["rows"]] == [
+        ("1", "raw", 1, 1), ("1", "raw", 4, 1),
+        ("bench", "gRPC", 1, 2), ("bench", "gRPC", 4, 2), ("bench", "HTTP", 1, 2), ("bench", "HTTP", 4, 2),
+    ]  # fmt: skip
+    assert all(row["rows_per_second"] > 0 for row in document["rows"])
+
+
 def test_bench_shows_a_table_to_a_person(tmp_path: Path) -> None:
     version = digits_version(tmp_path / "1")
     done = interlock("bench", version, "--batch", "4", "--rounds", "1", "--seconds", "0.02", "--no-report")

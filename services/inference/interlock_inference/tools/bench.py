@@ -7,6 +7,7 @@ the rounds' ratios to the bare engine's single row.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from interlock.client.load import GrpcTarget, HttpTarget, Load, Target
 from interlock.errors import Unavailable
 from interlock.runtime import terminal
 from interlock_inference.engines import Array, EngineOptions
-from interlock_inference.tools import report, timing
+from interlock_inference.tools import own_server, report, timing
 from interlock_inference.tools.options import numbers
 from interlock_inference.tools.subject import inputs_for, opened, providers_of, run_of, short
 from interlock_inference.tools.timing import Measure, Timing
@@ -140,6 +141,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, f
 )
 @click.option("--providers", multiple=True, default=("CPU",), help="Best first, e.g. CUDA,CPU. May be repeated.")
 @click.option("--inputs", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="An .npz of rows by input name.")  # fmt: skip
+@click.option("--serve", "serve", is_flag=True, help="Also measure the first version behind gRPC and HTTP, served for the purpose.")  # fmt: skip
 @click.option("--grpc", default="", metavar="HOST:PORT", help="A replica that runs; needs --model.")
 @click.option("--http", default="", metavar="HOST:PORT", help="A gateway that runs; needs --model.")
 @click.option("--model", default="", help="The served model's name.")
@@ -159,10 +161,10 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, f
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
 def bench(
     versions: tuple[Path, ...], batches: list[int], threads: list[int], providers: tuple[str, ...], file: Path | None,
-    grpc: str, http: str, model: str, key: str, in_flight: list[int], seconds: float, rounds: int, plot: Path | None,
+    serve: bool, grpc: str, http: str, model: str, key: str, in_flight: list[int], seconds: float, rounds: int, plot: Path | None,
     keep: bool, json_: bool,
 ) -> None:  # fmt: skip
-    """Measure VERSIONS (folders or .onnx files; several are compared): bare engine, and servers given by --grpc and --http.
+    """Measure VERSIONS (folders or .onnx files; several are compared): bare engine, gRPC and HTTP.
 
     Name an ONNX and a PyTorch folder of the same model to compare the engines.
     """
@@ -170,16 +172,19 @@ def bench(
     targets = {face: address for face, address in (("gRPC", grpc), ("HTTP", http)) if address}
     if not versions:
         raise click.UsageError("name a version folder or an .onnx file; for servers, the version that they serve")
-    if targets and not model:
-        raise click.UsageError("--grpc and --http need --model")
+    if bool(targets) != bool(model) or (targets and serve):
+        raise click.UsageError("--grpc and --http need --model, and go without --serve")
     cases: dict[Case, Measure] = {}
     for path in versions:
         cases |= dict(raw_cases(path, batches, threads, [providers_of(text) for text in providers], file))
-    if targets:
-        cases |= dict(served_cases(targets, model, _batches(versions[0], batches, file), in_flight, key))
     if not cases:
         raise click.UsageError(f"no batch of {', '.join(map(str, batches))} rows fits what the model takes")
-    rows = rows_of(_measured(cases, rounds, seconds))
+    with contextlib.ExitStack() as stack:
+        if serve:
+            targets, model, key = stack.enter_context(own_server.serving(versions[0])), own_server.MODEL, ""
+        if targets:
+            cases |= dict(served_cases(targets, model, _batches(versions[0], batches, file), in_flight, key))
+        rows = rows_of(_measured(cases, rounds, seconds))
     document = report.document("bench", versions=[str(path) for path in versions], rounds=rounds, seconds=seconds, rows=rows)  # fmt: skip
     terminal.show_json(document) if json_ else show(rows)
     if plot is not None:
