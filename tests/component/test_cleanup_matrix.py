@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -296,6 +296,15 @@ EXPECTED = {
     "shutdown": {"OK", "UNAVAILABLE"},
     "swap": {"OK", "UNAVAILABLE"},
 }
+
+
+@pytest.fixture(autouse=True)
+def only_what_comes() -> Iterator[None]:
+    """Keeps what other tests have made out of the search of the heap: it takes most of a second each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("kind", KINDS)
