@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -9,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
-from rooms import ROOT, Rooms, running, until
+import onnx_models
+from rooms import PATHS, ROOT, Rooms, free_ports, running, until
 
 pytestmark = [pytest.mark.system]
 README = (ROOT / "README.md").read_text()
@@ -113,6 +117,50 @@ def test_python(rooms: Rooms) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "COMPLETED" in done.stdout
+
+
+def test_a_model_that_you_have(tmp_path: Path) -> None:
+    serve, bench = commands("A model that you have", ".venv/bin/interlock")
+    (look,) = commands("A model that you have", "curl")
+    (tmp_path / "digits.onnx").write_bytes(onnx_models.mlp((64, 16, 10)))
+    http, *others = free_ports(5)
+    names = ("INFERENCE", "INFERENCE_METRICS", "CONTROLLER", "TRAINER")
+    ports = {"INTERLOCK_GATEWAY_PORT": str(http)}
+    ports |= {f"INTERLOCK_{name}_PORT": str(port) for name, port in zip(names, others, strict=True)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+        "INTERLOCK_HOME": str(tmp_path),
+        **ports,
+    }
+    interlock = [sys.executable, "-m", "interlock.cli"]
+    server = subprocess.Popen(
+        [*interlock, *shlex.split(serve)[1:]], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        url = shlex.split(look)[-1].replace(":8000", f":{http}")
+        until(lambda: ready(f"http://{url}/ready"), "the model serves")
+        assert httpx.get(f"http://{url}").json()["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 64]}]
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+    quick = ["--rounds", "1", "--seconds", "0.05", "--batch", "1"]
+    done = subprocess.run(
+        [*interlock, *shlex.split(bench)[1:], *quick],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:]] == ["raw", "gRPC", "gRPC", "HTTP", "HTTP"]
+
+
+def ready(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url).status_code == 200
+    return False
 
 
 def test_the_two_commands_are_in_the_makefile() -> None:
