@@ -19,11 +19,12 @@ from dataplane_world import Nobody, a_call, a_loader
 from interlock.api.inference.v1 import runtime_service_pb2 as runtime_pb
 from interlock.api.oip import messages as pb
 from interlock.core.ensemble import Step
-from interlock.errors import FailedPrecondition, InterlockError, NotFound, Unimplemented
+from interlock.errors import FailedPrecondition, InterlockError, NotFound, ResourceExhausted, Unimplemented
 from interlock.runtime.clock import SystemClock
 from interlock.runtime.settings import InferenceSettings
 from interlock.stores import artifacts, modelspec
 from interlock.stores.modelspec import ModelSpec, TensorSpec
+from interlock_inference import standalone
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.metrics import LoadMetrics
 from interlock_inference.recorder import Recorder
@@ -273,3 +274,24 @@ async def test_an_ensemble_is_served_after_the_members_that_lie_beside_it(tmp_pa
         reply = await f.plane.infer(a_call(model="zoo"))
         assert float(reply.outputs[0][0, 0]) == 7
         assert [slot.name for slot in reply.members] == ["models/policy/versions/7"]
+
+
+async def test_a_refusal_that_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standalone, "AGAIN_SECONDS", 0.05)
+    async with folder(tmp_path / "models") as f:
+        f.put("1")
+        serve, refused = f.standalone._serve, [ResourceExhausted("no room", reason="DOES_NOT_FIT", retry_after_seconds=0.01)]  # fmt: skip
+
+        async def short_of_memory(found: Any) -> None:
+            if refused:
+                raise refused.pop()
+            await serve(found)
+
+        monkeypatch.setattr(f.standalone, "_serve", short_of_memory)
+        await f.standalone.step()
+        assert f.state("1") == "DOES_NOT_FIT: no room"
+        await f.standalone.step()
+        assert f.state("1") == "DOES_NOT_FIT: no room", "not at once"
+        await asyncio.sleep(0.06)
+        await f.standalone.step()
+        assert await f.answers() == 1

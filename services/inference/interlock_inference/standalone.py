@@ -11,7 +11,9 @@ Rules of this file
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -28,9 +30,20 @@ from interlock_inference.replica import Replica, Wanted
 from interlock_inference.slots import Registry, SlotState
 
 DIGEST_DIGITS = 8
+AGAIN_SECONDS = 5.0
+"""The shortest time after which a refusal that may pass is put to the test again."""
 START_SECONDS = 30.0
 """How long the first look waits for folders that are still changing before the replica calls itself ready."""
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """Why a version of these files does not serve, and when it is worth another try (on the monotonic clock)."""
+
+    stamp: Stamp
+    why: str
+    again_at: float
 
 
 class NoFile(AssignmentFile):
@@ -65,7 +78,7 @@ class Standalone:
         self._root = Path(settings.repository) if settings.repository else None
         self._lock = asyncio.Lock()  # one model is changed at a time
         self._since: dict[tuple[str, str], tuple[Stamp, float]] = {}
-        self._failed: dict[tuple[str, str], tuple[Stamp, str]] = {}
+        self._failed: dict[tuple[str, str], _Refused] = {}
         self._served: dict[str, tuple[str, Stamp]] = {}
 
     async def run(self) -> None:
@@ -103,10 +116,9 @@ class Standalone:
     async def _follow(self, model: str, newest_first: Iterable[Found]) -> bool:
         changing = False
         for found in newest_first:
-            key = (found.model, found.version)
             if self._served.get(model) == (found.version, found.stamp):
                 return False
-            if found.problem or self._failed.get(key, ((), ""))[0] == found.stamp:
+            if found.problem or self._is_refused(found):
                 continue
             if not self._is_settled(found):
                 changing = True
@@ -114,16 +126,24 @@ class Standalone:
             try:
                 await self._serve(found)
             except InterlockError as error:
-                if (
-                    error.reason == "ENSEMBLE_MEMBER_MISSING"
-                ):  # its members may lie here, and be served after it: look again
-                    changing = True
-                    continue
-                self._failed[key] = (found.stamp, f"{error.reason}: {error.message}")
-                _log.warning("version_refused", model=model, version=found.version, reason=error.reason, problem=error.message)  # fmt: skip
+                self._refuse(found, error)
+                changing = changing or error.reason == "ENSEMBLE_MEMBER_MISSING"  # its members may be served after it
             else:
                 return False
         return changing and model not in self._served
+
+    def _refuse(self, found: Found, error: InterlockError) -> None:
+        """Remembers why, until its files change; what may be different in a moment (memory, a member) is tried again then."""
+        wait = math.inf if error.retry_after_seconds is None else max(error.retry_after_seconds, AGAIN_SECONDS)
+        if error.reason == "ENSEMBLE_MEMBER_MISSING":
+            wait = 0.0
+        again_at = self._clock.monotonic() + wait
+        self._failed[found.model, found.version] = _Refused(found.stamp, f"{error.reason}: {error.message}", again_at)
+        _log.warning("version_refused", model=found.model, version=found.version, reason=error.reason, problem=error.message)  # fmt: skip
+
+    def _is_refused(self, found: Found) -> bool:
+        refused = self._failed.get((found.model, found.version))
+        return refused is not None and refused.stamp == found.stamp and self._clock.monotonic() < refused.again_at
 
     def _is_settled(self, found: Found) -> bool:
         """True when nothing of it has changed for a while: by our own looks, or by the age of its newest file."""
@@ -216,8 +236,8 @@ class Standalone:
         return {(f.model, f.version): f.problem or self._reason(f) for f in found}
 
     def _reason(self, found: Found) -> str:
-        stamp, why = self._failed.get((found.model, found.version), ((), ""))
-        return why if why and stamp == found.stamp else "not loaded"
+        refused = self._failed.get((found.model, found.version))
+        return refused.why if refused is not None and refused.stamp == found.stamp else "not loaded"
 
     async def load(self, model: str, version: str) -> None:
         """Serves a version of the folder; `version` empty: the newest that can be tried.
@@ -248,7 +268,7 @@ class Standalone:
             try:
                 await self._serve(chosen)
             except InterlockError as error:
-                self._failed[model, chosen.version] = (chosen.stamp, f"{error.reason}: {error.message}")
+                self._refuse(chosen, error)
                 raise
 
     async def unload(self, model: str) -> None:
