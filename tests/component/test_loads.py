@@ -19,7 +19,7 @@ from interlock.core.pacing import PacingPolicy
 from interlock.errors import FailedPrecondition, InterlockError, Internal, ResourceExhausted, Unavailable
 from interlock.runtime import failpoints
 from interlock.stores import artifacts
-from interlock_inference.loads import memory
+from interlock_inference.loads import isolated, memory
 from interlock_inference.loads.history import LoadHistory
 from interlock_inference.loads.isolated import IsolatedEngine
 from interlock_inference.replica import Wanted
@@ -239,6 +239,32 @@ async def test_a_lost_child_comes_back(tmp_path: Path) -> None:
                         break
         assert lost == {"ENGINE_LOST"}
         assert world.metrics.get_sample_value("interlock_engine_restarts_total", {"model": "policy"}) == 1
+
+
+async def test_a_child_that_hangs_in_a_run_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "RUN_SECONDS_MAX", 0.3)
+    async with dataplane_world(tmp_path, loads=KEPT) as world:
+        await world.load("1")
+        await world.route(1, "1")
+        (child,) = children()
+        child.suspend()
+        with pytest.raises(Unavailable) as lost:
+            await answer(world)
+        assert lost.value.reason == "ENGINE_LOST"
+        async with asyncio.timeout(20):
+            while not world.metrics.get_sample_value("interlock_engine_restarts_total", {"model": "policy"}):
+                await asyncio.sleep(0.02)
+        assert await answer(world) == "1"
+        await gone([child])
+
+
+async def test_a_replica_that_stops_takes_its_loads_along(tmp_path: Path) -> None:
+    async with asyncio.timeout(20):
+        async with dataplane_world(tmp_path, loads={**KEPT, "program": (sys.executable, "-c", SPIN)}) as world:
+            await anext(world.replica.prepare(Wanted("policy", "1", world.artifact("1"))))
+            while not psutil.Process().children():
+                await asyncio.sleep(0.01)
+        assert not psutil.Process().children()
 
 
 async def test_a_version_released_while_it_loads_takes_its_child_with_it(tmp_path: Path) -> None:

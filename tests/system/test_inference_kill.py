@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+import onnx_models
 from controller_world import a_controller, state_of
 from interlock.api.inference.v1 import runtime_service_pb2 as pb
 from interlock.client.load import GrpcTarget, Load
@@ -195,3 +196,22 @@ async def test_refusals_at_the_start(tmp_path: Path) -> None:
             _, error = await process.communicate()
         assert process.returncode == 2
         assert text in error.decode()
+
+
+async def test_a_killed_replica_takes_its_children_along_and_loads_them_again(tmp_path: Path) -> None:
+    """A version of a MiB stays in a process of its own here; it ends with the replica, however that ends, and is there again after the restart."""
+    settings = {"INTERLOCK_INFERENCE_ISOLATE_MB": "1"}
+    async with a_process(tmp_path, **settings) as (remote, process):
+        await remote.load("1", onnx_models.mlp((4, 512, 512, 4)))
+        await remote.route(1, "1")
+        assert await answering_version(remote) == "1"
+        (child,) = psutil.Process(process.pid).children()
+        assert (await remote.state()).memory_bytes > psutil.Process(process.pid).memory_info().rss
+        process.kill()
+        await process.wait()
+        async with asyncio.timeout(10):
+            while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+                await asyncio.sleep(0.02)
+    async with a_process(tmp_path, **settings) as (after, process):
+        assert await answering_version(after) == "1"
+        assert len(psutil.Process(process.pid).children()) == 1

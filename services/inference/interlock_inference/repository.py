@@ -28,7 +28,12 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model that can be run, and what is known of it. `memory_bytes` is how much the process grew; other work at the same time blurs it."""
+    """A model that can be run, and what is known of it.
+
+    Attributes:
+        memory_bytes: how much the process grew; other work at the same time blurs it.
+        num_apart: how many runs at once the process of its own takes that it lives in; 0: it lives in this one.
+    """
 
     engine: Engine
     digest: str
@@ -36,6 +41,7 @@ class Opened:
     spec: ModelSpec | None
     memory_bytes: int
     processing: Processing | None = None
+    num_apart: int = 0
 
 
 def absolute(uri: str) -> str:

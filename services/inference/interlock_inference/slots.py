@@ -119,7 +119,7 @@ class Slot:
     """One loaded version; `name` is `models/{model}/versions/{version}`. `opened` is None before the load ended and after the slot stopped.
 
     `lane` is the queue in which its requests find together; None for a version that does not batch. `threads` run it, and nothing else, when its
-    model.toml says `instances`; `plan` is an ensemble's; one engine serves them all, for all engines may be run by several threads.
+    model.toml says `instances`; `plan` is an ensemble's; `apart` says that it lives in another process; one engine serves them all, for all engines may be run by several threads.
     """
 
     model: str
@@ -141,6 +141,7 @@ class Slot:
     processing: Processing | None = None
     threads: ThreadPoolExecutor | None = None
     plan: Plan | None = None
+    apart: bool = False
     name: str = field(init=False)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
     _fitting: set[tuple[Described, ...]] = field(default_factory=set)
@@ -180,7 +181,7 @@ class Slot:
     def loaded(self, opened: Opened) -> None:
         """Takes the engine and waits for its warm-up."""
         signature = opened.engine.signature
-        self.opened, self.digest = opened, opened.digest
+        self.opened, self.digest, self.apart = opened, opened.digest, opened.num_apart > 0
         self.specs = {spec.name: spec for spec in signature.inputs}
         self.output_specs = {spec.name: spec for spec in signature.outputs}
         self.output_names = tuple(self.output_specs)
@@ -188,7 +189,7 @@ class Slot:
         if opened.processing is not None:
             self.output_specs = {**self.output_specs, **opened.processing.specs}
         self.lane = lane_for(opened.spec.batching if opened.spec is not None else None, signature)
-        instances = opened.spec.instances if opened.spec is not None else 0
+        instances = (opened.spec.instances if opened.spec is not None else 0) or opened.num_apart
         self.threads = ThreadPoolExecutor(instances, f"infer-{self.name}") if instances else None
         self.plan = opened.engine.plan if isinstance(opened.engine, EnsembleEngine) else None
         self.move(SlotState.WARMING_UP)

@@ -19,6 +19,8 @@ from interlock_inference.loads import wire
 from interlock_inference.loads.process import Child, Report
 
 RETRY_SECONDS = 1.0
+RUN_SECONDS_MAX = 120.0
+"""A run that takes longer is taken for a hang: the child is ended and started again. In the serving process nothing could."""
 Channel = tuple[socket.socket, wire.Window]
 
 
@@ -49,6 +51,7 @@ class IsolatedEngine:
         """Runs go to this child from now on; it has loaded the same version. Raises OSError when it is dead already."""
         free: queue.SimpleQueue[Channel | None] = queue.SimpleQueue()
         for channel in child.serve():
+            channel[0].settimeout(RUN_SECONDS_MAX)
             free.put(channel)
         self._child, self._free = child, free
 
@@ -65,9 +68,10 @@ class IsolatedEngine:
             raise _lost()
         try:
             answer, arrays = _exchange(channel, inputs, outputs)
-        except OSError:
+        except OSError:  # a time-out among them
             answer, arrays = None, []
         if answer is None:
+            self._child.kill()  # it may hang
             _shut(channel)
             free.put(None)
             raise _lost()

@@ -123,7 +123,7 @@ class Loader:
                 child, report = await loop.run_in_executor(self._beside, self._try, order, hold, progress)
                 await loop.run_in_executor(self._beside, self._history.note, report.digest, report.peak_bytes)
                 if stays:
-                    return await loop.run_in_executor(self._beside, _kept, child, report, path)
+                    return await loop.run_in_executor(self._beside, _kept, child, report, path, order.channels - 1)
                 await loop.run_in_executor(self._beside, child.close)
                 need = Need(report.peak_bytes, measured=True)
                 await loop.run_in_executor(self._beside, self._check_room, path, need)
@@ -233,13 +233,13 @@ class Loader:
         memory.check(str(path), need, self._room(), self._policy.reserve_bytes, held)
 
 
-def _kept(child: Child, report: Report, path: Path) -> Opened:
-    """A version that stays where it was tried."""
+def _kept(child: Child, report: Report, path: Path, num_apart: int) -> Opened:
+    """A version that stays where it was tried; one channel is left for warm-up and comparison."""
     try:
         engine = IsolatedEngine(child, report)
         spec, memory_bytes = _spec(path, report.digest), report.steady_bytes + report.base_bytes
         processing = build_processing(path, spec, engine.signature)
-        return Opened(engine, report.digest, path, spec, memory_bytes, processing)
+        return Opened(engine, report.digest, path, spec, memory_bytes, processing, num_apart)
     except BaseException:
         child.close()
         raise
