@@ -6,18 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import onnx_models
 from interlock.errors import FailedPrecondition
 from interlock.stores import artifacts, modelspec
+from interlock.stores.imagespec import PostprocessSpec, PreprocessSpec
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 from interlock_inference.engines import EngineOptions
 from interlock_inference.repository import open_artifact
@@ -264,3 +267,61 @@ def test_tuning_shows_a_table_and_says_what_to_write(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[0].split() == ["PROVIDERS", "GRAPH", "MODE", "THREADS", "ROWS/S", "AT", "4", "GAIN"]
     assert "[engine_options]" in done.stdout or "the defaults are best" in done.stdout
     assert not (tmp_path / "1.reports").exists()
+
+
+# --- a folder of images -----------------------------------------------------------------------------------------------------------
+
+
+def images_version(folder: Path) -> Path:
+    """The digits' classifier, with the processing that makes its input of 8 x 8 images."""
+    digits_version(folder)
+    before = PreprocessSpec(color="L", scale=1 / 255, layout="NF", size=(8, 8))
+    behind = PostprocessSpec(labels_file="labels.txt", top_k=1)
+    (folder / "labels.txt").write_text("\n".join(f"digit-{n}" for n in range(10)))
+    modelspec.write_spec(folder, replace(modelspec.read_spec(folder), preprocess=before, postprocess=behind))
+    artifacts.write_manifest(folder)
+    return folder
+
+
+def images_folder(folder: Path, count: int = 200) -> Path:
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images[:count], digits.target[:count], strict=True)):
+        place = folder / f"digit-{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(place / f"{number}.png")
+    return folder
+
+
+def test_a_folder_of_images_is_read_by_the_versions_own_processing(tmp_path: Path) -> None:
+    version, images = images_version(tmp_path / "1"), images_folder(tmp_path / "images")
+    done = interlock("quantize", version, "--out", tmp_path / "2", "--samples", images, "--seconds", "0.05")
+    assert done.returncode == 0, done.stderr
+    spec = modelspec.read_spec(tmp_path / "2")
+    assert spec.gate is not None
+    assert (spec.gate.num_samples, spec.gate.samples) == (128, str(images))
+    assert spec.gate.baseline > 0.95, "the folders' names are matched to the version's labels"
+    opened = open_artifact(tmp_path / "2", "", EngineOptions(), lambda percent, message: None)
+    assert opened.processing is not None, "the labels came along"
+
+
+@pytest.mark.parametrize("broken", ["no processing", "empty", "unknown label", "damaged"])
+def test_a_folder_of_images_that_does_not_fit_is_refused_by_name(tmp_path: Path, broken: str) -> None:
+    version = (digits_version if broken == "no processing" else images_version)(tmp_path / "1")
+    images = tmp_path / "images"
+    images.mkdir()
+    if broken != "empty":
+        images_folder(images, 5)
+    if broken == "unknown label":
+        (images / "digit-1").rename(images / "letter-a")
+    if broken == "damaged":
+        (images / "digit-1" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    done = interlock("quantize", version, "--out", tmp_path / "2", "--samples", images)
+    assert done.returncode == 1
+    says = {
+        "no processing": "needs [preprocess]",
+        "empty": "no images in it",
+        "unknown label": "'letter-a' is not a label of the version",
+        "damaged": "digit-1/1.png: image[0]",
+    }
+    assert says[broken] in done.stderr
+    assert not (tmp_path / "2").exists()

@@ -118,6 +118,7 @@ class Postprocess:
         self.output = output
         self.top_k = spec.top_k
         self._activation = spec.activation
+        self.labels = tuple(labels)
         self._labels = np.array([label.encode() for label in labels], dtype=object)
 
     @cached_property

@@ -39,7 +39,12 @@ STEPS = ("reading", "quantising", "measuring", "judging", "writing")
 @click.command()
 @click.argument("version", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new version's folder; must not exist.")
-@click.option("--samples", "source", required=True, help="digits, or an .npz: rows by input name, and label.")
+@click.option(
+    "--samples",
+    "source",
+    required=True,
+    help="digits, an .npz (rows by input name, and label), or a folder <label>/<image>.",
+)
 @click.option("--num-samples", type=click.IntRange(1), default=NUM_SAMPLES, show_default=True)
 @click.option("--max-drop", type=click.FloatRange(0, 1), default=DROP_MAX, show_default=True, help="Of top-1 accuracy, as a fraction.")  # fmt: skip
 @click.option("--output", default="", help="The output with the class scores; default: the first.")
@@ -68,7 +73,7 @@ def quantize(
 
         before = opened(version, options)
         name = _scores(before, output)
-        samples = sampling.read(source, before.engine.signature).chosen(num_samples, seed)
+        samples = sampling.read(source, before, num_samples, seed)
         folder = Path(scratch) / "version"
         folder.mkdir()
         step(1)
@@ -189,8 +194,11 @@ def _finish(folder: Path, before: Opened, gate: GateSpec, document: dict[str, An
     else:
         signature = before.engine.signature
         spec = ModelSpec(before.path.stem, signature.inputs, signature.outputs, source={"quantised_from": before.digest}, gate=gate)  # fmt: skip
-    if before.path.is_dir() and (before.path / golden.GOLDEN_FILE).is_file():
-        shutil.copyfile(before.path / golden.GOLDEN_FILE, folder / golden.GOLDEN_FILE)
+    labels = spec.postprocess.labels_file if spec.postprocess is not None else ""
+    for name in filter(None, (golden.GOLDEN_FILE, labels)):
+        if (before.path / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(before.path / name, folder / name)
     modelspec.write_spec(folder, spec)
     (folder / REPORT_FILE).write_bytes(report.dumps(document))
     return write_manifest(folder)

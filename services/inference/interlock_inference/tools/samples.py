@@ -1,6 +1,7 @@
-"""Real samples with labels, for judging a version: scikit-learn's digits, or an .npz of the user's own. Decides nothing.
+"""Real samples with labels, for judging a version: scikit-learn's digits, an .npz, or a folder of images. Decides nothing.
 
 An .npz holds an array per input, rows first, and, if the right answers are known, whole numbers named `label`. Object arrays are refused.
+A folder has one folder of images per label, and the version's own `[preprocess]` makes its input of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from interlock.errors import FailedPrecondition, InvalidArgument
+from interlock.runtime.images import BY_EXTENSION
 from interlock_inference.engines import Array, Engine, Signature
+from interlock_inference.processing import Preprocess
+from interlock_inference.repository import Opened
 
 LABEL = "label"
 DIGITS = "digits"
@@ -36,18 +40,52 @@ class Samples:
         return Samples(self.source, {name: array[picked] for name, array in self.inputs.items()}, labels)
 
 
-def read(source: str, signature: Signature) -> Samples:
-    """The samples that `source` names: `digits`, or the path of an .npz.
+def read(source: str, subject: Opened, count: int, seed: int) -> Samples:
+    """`count` of the samples that `source` names: `digits`, the path of an .npz, or a folder of images.
 
     Raises:
         FailedPrecondition: `COMPONENT_MISSING`: digits without scikit-learn.
-        InvalidArgument: `INVALID_SAMPLES`: they don't fit the model's inputs, or each other.
+        InvalidArgument: `INVALID_SAMPLES`: they don't fit the model's inputs, or each other; `INVALID_IMAGE`.
     """
+    signature = subject.engine.signature
     if source == DIGITS:
-        return _digits(signature)
+        return _digits(signature).chosen(count, seed)
     path = Path(source)
+    if path.is_dir():
+        return _images(path, subject, count, seed)
     if not path.is_file():
-        raise _invalid(f"--samples: {source!r} is neither {DIGITS!r} nor an .npz file")
+        raise _invalid(f"--samples: {source!r} is neither {DIGITS!r}, nor an .npz file, nor a folder of images")
+    return _arrays(path, signature).chosen(count, seed)
+
+
+def _images(folder: Path, subject: Opened, count: int, seed: int) -> Samples:
+    """Picked before they are decoded: a folder may hold many more than are asked for."""
+    processing = subject.processing
+    if processing is None or processing.before is None:
+        raise _invalid(f"--samples: {folder}: a folder of images needs [preprocess] in the version's model.toml")
+    found = [file for file in sorted(folder.glob("*/*")) if file.suffix.lower() in BY_EXTENSION]
+    if not found:
+        raise _invalid(f"--samples: {folder}: no images in it; <label>/<image> is expected, {', '.join(BY_EXTENSION)}")
+    labels = processing.behind.labels if processing.behind is not None else ()
+    names = list(labels) or sorted({file.parent.name for file in found})
+    if unknown := sorted({file.parent.name for file in found} - set(names)):
+        raise _invalid(
+            f"--samples: {folder}: {unknown[0]!r} is not a label of the version; they are {', '.join(names)}"
+        )
+    picked = [found[index] for index in np.random.default_rng(seed).permutation(len(found))[:count]]
+    images = np.concatenate([_decoded(processing.before, file) for file in picked])
+    classes = np.array([names.index(file.parent.name) for file in picked])
+    return Samples(str(folder), {processing.before.input: images}, classes)
+
+
+def _decoded(before: Preprocess, file: Path) -> Array:
+    try:
+        return before.array([file.read_bytes()])
+    except InvalidArgument as error:
+        raise InvalidArgument(f"--samples: {file}: {error.message}", reason=error.reason, field="samples") from None
+
+
+def _arrays(path: Path, signature: Signature) -> Samples:
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
