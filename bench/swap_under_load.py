@@ -35,7 +35,12 @@ from interlock.stores import artifacts, modelspec
 from interlock.stores.modelspec import ModelSpec, TensorSpec
 
 MODEL = "bench"
-SIZES = {"tiny": (16, 64, 64, 8), "mid": (784, 1024, 1024, 10), "wide": (784, 4096, 4096, 10)}
+SIZES = {
+    "tiny": (16, 64, 64, 8),
+    "mid": (784, 1024, 1024, 10),
+    "wide": (784, 4096, 4096, 10),
+    "large": (4096,) * 9,  # 512 MiB
+}
 CALLER = Caller()
 
 

@@ -10,6 +10,7 @@ Rules of this file
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from interlock_inference.repository import Opened
 
 SAMPLES_MAX = 4
-_STATUS = Path("/proc/self/status")
+_SELF = Path("/proc/self")
+_OOM = "oom_score_adj"
+_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 
 class _Work:
@@ -38,6 +41,7 @@ class _Work:
         self.engine: Engine | None = None
         self._control = control
         self._order = order
+        self._oom_before = _heard(_OOM, "0")
 
     def run(self) -> None:
         """In a thread of its own: reports the loaded version, or why it can't be."""
@@ -89,7 +93,7 @@ class _Work:
             raise
         seconds, (steady, peak) = time.perf_counter() - start, _resident()
         self.engine = opened.engine
-        _unlimited()
+        _unlimited(self._oom_before)
         return {
             "digest": opened.digest,
             "platform": opened.engine.platform,
@@ -137,28 +141,44 @@ def _step_back() -> None:
 def _restrict(cpu_seconds: int) -> None:
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (cpu_seconds if hard == resource.RLIM_INFINITY else min(cpu_seconds, hard), hard)
+    )
+    _say(_OOM, "1000")
 
 
 def _limit_memory(budget_bytes: int) -> None:
-    """Address space: what is there now and the budget on top. 0 is no limit."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    if budget_bytes:
+    """Address space: what is there now and the budget on top; 0 is no limit. A device's driver reserves it by the terabyte, so none there either."""
+    _say("clear_refs", "5")  # the peak is counted from here
+    if budget_bytes and not any(device.exists() for device in _DEVICES):
         now = _field("VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (now + budget_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def _unlimited() -> None:
+def _unlimited(oom_before: str) -> None:
     """The load is over; what serves is bounded by what it was measured to need."""
     for limit in (resource.RLIMIT_AS, resource.RLIMIT_CPU):
         hard = resource.getrlimit(limit)[1]
         resource.setrlimit(limit, (hard, hard))
-    Path("/proc/self/oom_score_adj").write_text("0")
+    _say(_OOM, oom_before)
+
+
+def _say(name: str, text: str) -> None:
+    """To the kernel, of this process; some sandboxes have no ear for it."""
+    with contextlib.suppress(OSError):
+        (_SELF / name).write_text(text)
+
+
+def _heard(name: str, default: str) -> str:
+    try:
+        return (_SELF / name).read_text()
+    except OSError:
+        return default
 
 
 def _field(name: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+    for line in _heard("status", "").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
     return 0
@@ -200,8 +220,8 @@ def main() -> None:
     """Until the socket closes."""
     control = socket.socket(fileno=int(sys.argv[1]))
     order = json.loads(control.recv(1 << 16))
-    _restrict(order["cpu_seconds"])
     work = _Work(control, order)
+    _restrict(order["cpu_seconds"])
     threading.Thread(target=work.run, name="load", daemon=True).start()
     while True:
         packet, fds, _, _ = socket.recv_fds(control, 1 << 10, order["channels"] * 2)
