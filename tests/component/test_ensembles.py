@@ -115,7 +115,7 @@ async def test_an_ensemble_answers_and_names_its_members(world: World, steps: tu
 
 async def test_a_request_is_answered_by_one_set_of_versions_under_swaps(world: World) -> None:
     """`a` stands at both ends of a slow chain and is swapped all the time: a request that began with one version ends with it."""
-    slow = onnx_models.slow(0.0, size=150)
+    slow = onnx_models.slow(0.0, size=200)
     for model, body in (("a", None), ("b", slow)):
         await load(world, model, "1", body)
         await route(world, model, 1, "1")
@@ -133,11 +133,12 @@ async def test_a_request_is_answered_by_one_set_of_versions_under_swaps(world: W
         while not stop.is_set():
             reply = await ask(world)
             answers.append((float(reply.outputs[0][0, 0]), float(reply.outputs[1][0, 0]), reply.members[0].version))
+            await asyncio.sleep(0)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(6):
             group.create_task(caller())
-        for epoch in range(2, 12):
+        for epoch in range(2, 8):
             version, before = str(epoch), str(epoch - 1)
             await load(world, "a", version)
             await world.replica.compare("a", before, version, 0)
@@ -145,7 +146,7 @@ async def test_a_request_is_answered_by_one_set_of_versions_under_swaps(world: W
             assert (await world.replica.drain("a", before, 20.0)).num_cut == 0
             await world.replica.release("a", before)
         stop.set()
-    assert len({version for *_, version in answers}) > 5
+    assert len({version for *_, version in answers}) > 3
     assert all(first == last == float(version) for first, last, version in answers)
     assert all(slot.in_flight == 0 for slot in world.registry.all_slots())
 

@@ -190,7 +190,7 @@ class DataPlane:
         except BaseException:
             handle.release()
             raise
-        return await rest
+        return rest if isinstance(rest, Reply) else await rest
 
     async def _later(
         self, call: Call, handle: Handle, inputs: dict[str, Array], names: Sequence[str], marks: tuple[int, int]
@@ -221,11 +221,43 @@ class DataPlane:
         inputs: dict[str, Array],
         names: Sequence[str],
         marks: tuple[int, int],
-    ) -> Coroutine[Any, Any, Reply]:
+    ) -> Reply | Coroutine[Any, Any, Reply]:
         """Takes hold of one version of each member, now: whatever is swapped later, this request is answered by these."""
-        slots = ensembles.members(plan, self._registry.snapshot)
+        slots, tensors = ensembles.members(plan, self._registry.snapshot), dict(inputs)
+        if self._is_short(handle.slot, inputs) and self._all_now(call, plan, slots, tensors):
+            outputs = _finished(handle.slot, tensors, names)
+            handle.release()
+            return self._ended(handle, inputs, names, outputs, marks, slots)
         holds = [handle, *(slot.take(handle.epoch, call.request_id) for slot in dict.fromkeys(slots))]
-        return self._held(call, holds, self._steps(call, plan, slots, inputs), inputs, names, marks, slots)
+        return self._held(call, holds, self._steps(call, plan, slots, tensors), inputs, names, marks, slots)
+
+    def _all_now(self, call: Call, plan: Plan, slots: Sequence[Slot], tensors: dict[str, Array]) -> bool:
+        """Runs steps on the event loop as long as they are short; False when one is not, and with it the rest, is left."""
+        for number in (n for level in plan.levels for n in level):
+            asked = _asked(call, plan, number, slots[number], tensors)
+            if not self._is_short(slots[number], asked.inputs):
+                return False
+            try:
+                reply = self._begin(asked, slots[number].take(0, call.request_id))
+            except InterlockError as error:
+                raise ensembles.in_step(error, number, slots[number]) from error
+            assert isinstance(reply, Reply), "a short run is answered at once"
+            tensors.update(zip(plan.steps[number].outputs.values(), reply.outputs, strict=True))
+        return True
+
+    def _ended(
+        self,
+        handle: Handle,
+        inputs: dict[str, Array],
+        names: Sequence[str],
+        outputs: list[Array],
+        marks: tuple[int, int],
+        slots: Sequence[Slot],
+    ) -> Reply:
+        """Counts an ensemble's request and answers it."""
+        (start, decoded), ended = marks, time.perf_counter_ns()
+        self._count(handle.slot, inputs, Ran(decoded, ended, outputs), (start, decoded, ended))
+        return Reply(handle.slot, handle.epoch, names, outputs, slots)
 
     async def _held(
         self,
@@ -237,7 +269,7 @@ class DataPlane:
         marks: tuple[int, int],
         slots: Sequence[Slot],
     ) -> Reply:
-        handle, (start, decoded) = holds[0], marks
+        handle = holds[0]
         handle.abort = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.TaskGroup() as group:
@@ -249,22 +281,20 @@ class DataPlane:
             outputs = _finished(handle.slot, running.result(), names)
         except (InterlockError, BaseExceptionGroup) as failed:
             error = _first(failed)
-            self._count_failure(handle.slot, start, error)
+            self._count_failure(handle.slot, marks[0], error)
             raise error from None
         finally:
             handle.abort.cancel()
             for hold in holds:
                 hold.release()
-        ended = time.perf_counter_ns()
-        self._count(handle.slot, inputs, Ran(decoded, ended, outputs), (start, decoded, ended))
-        return Reply(handle.slot, handle.epoch, names, outputs, slots)
+        return self._ended(handle, inputs, names, outputs, marks, slots)
 
     async def _steps(
-        self, call: Call, plan: Plan, slots: Sequence[Slot], inputs: dict[str, Array]
+        self, call: Call, plan: Plan, slots: Sequence[Slot], tensors: dict[str, Array]
     ) -> Mapping[str, Array]:
-        """All tensors of one request; the steps of a level run side by side, each as a request to its member."""
-        tensors = dict(inputs)
-        for level in plan.levels:
+        """All tensors of one request, but for those that are there; the steps of a level run side by side, each as a request to its member."""
+        for whole in plan.levels:
+            level = [number for number in whole if not tensors.keys() >= set(plan.steps[number].outputs.values())]
             if len(level) == 1:
                 await self._step(call, plan, level[0], slots[level[0]], tensors)
                 continue
@@ -277,17 +307,13 @@ class DataPlane:
         return tensors
 
     async def _step(self, call: Call, plan: Plan, number: int, slot: Slot, tensors: dict[str, Array]) -> None:
-        step = plan.steps[number]
-        given = {name: tensors[called] for name, called in step.inputs.items()}
-        asked = _Step(
-            step.model, slot.version, call.request_id, list(step.outputs), call.deadline, call.priority, given
-        )
+        asked = _asked(call, plan, number, slot, tensors)
         try:
             begun = self._begin(asked, slot.take(0, call.request_id))
             reply = begun if isinstance(begun, Reply) else await begun
         except InterlockError as error:
             raise ensembles.in_step(error, number, slot) from error
-        tensors.update(zip(step.outputs.values(), reply.outputs, strict=True))
+        tensors.update(zip(plan.steps[number].outputs.values(), reply.outputs, strict=True))
 
     def _is_short(self, slot: Slot, inputs: Mapping[str, Array]) -> bool:
         warmup = slot.warmup
@@ -358,6 +384,13 @@ class DataPlane:
         elif not isinstance(error, InvalidArgument):
             slot.stats.failure.add(nanoseconds)
         self._observer.finished(slot, nanoseconds / 1e9, error)
+
+
+def _asked(call: Call, plan: Plan, number: int, slot: Slot, tensors: Mapping[str, Array]) -> _Step:
+    """What an ensemble's step asks of its member."""
+    step = plan.steps[number]
+    given = {name: tensors[called] for name, called in step.inputs.items()}
+    return _Step(step.model, slot.version, call.request_id, list(step.outputs), call.deadline, call.priority, given)
 
 
 def _finished(slot: Slot, tensors: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
