@@ -64,6 +64,8 @@ class Protocol(HttpToolsProtocol):
     cycle: Any
     _predicting: _Prediction | None = None
     _receiving = False
+    _reading: Any = None
+    """The cycle whose body is coming in; None before its headers are there, and behind its end."""
     _lingering = False
     _timer: asyncio.TimerHandle | None = None
     _heard_at = 0.0
@@ -92,12 +94,13 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Decides which way the request goes."""
         idle = self.cycle is None or self.cycle.response_complete
+        idle = idle and not self.flow.write_paused  # the long way waits for a caller that does not read its answers
         if idle and not self.expect_100_continue and self.parser.get_method() == b"POST":
             headers = dict(self.headers)
             path = self.url.decode("latin-1")
             if self.app.is_short(path, headers) and self.parser.should_keep_alive():
                 refusal = self.app.refused_unread(path, headers)
-                self.cycle = _Prediction(path, headers if refusal is None else {})
+                self.cycle = self._reading = _Prediction(path, headers if refusal is None else {})
                 if refusal is not None:
                     self._refuse(refusal)
                 return
@@ -106,6 +109,7 @@ class Protocol(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expect
         self.headers.extend(received)
         super().on_headers_complete()
+        self._reading = self.cycle
 
     def on_body(self, body: bytes) -> None:
         """Collects a prediction's body, up to the limit."""
@@ -123,7 +127,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Answers a prediction, at once or when it is there."""
-        self._receiving = False
+        self._receiving, self._reading = False, None
         cycle = self.cycle
         if type(cycle) is not _Prediction:
             super().on_message_complete()
@@ -162,9 +166,9 @@ class Protocol(HttpToolsProtocol):
             for part in (head, body, *reply.tensors):
                 self.transport.write(part)
         cycle.response_started = cycle.response_complete = True
-        if not cycle.keep_alive and not self._receiving:
-            self.transport.close()
         self.on_response_complete()
+        if not cycle.keep_alive and not self._lingering:
+            self.transport.close()
 
     def _refuse(self, reply: Reply) -> None:
         """Answers before the request was read, and hangs up."""
@@ -183,7 +187,7 @@ class Protocol(HttpToolsProtocol):
             return
         self._heard_at = self.loop.time()
         self.flow.resume_reading()
-        if self._receiving:
+        if self._reading is not None and self._reading.response_complete:
             self._lingering = True
             self.transport.write_eof()
             self.loop.call_later(LINGER_SECONDS, self.transport.close)
@@ -211,13 +215,16 @@ class Protocol(HttpToolsProtocol):
     def _too_slow(self) -> None:
         if self.transport.is_closing() or self._lingering:
             return
+        if self.flow.read_paused or self._predicting is not None:  # it is we who don't read on, or not yet
+            self._timer = self.loop.call_later(self.app.receive_seconds, self._too_slow)
+            return
         if self.cycle is None or self.cycle.response_complete:
             self.cycle = _Prediction("", {})  # not even its headers came
         if self.cycle.response_started:
             self.transport.close()
             return
         cycle, waiting = _Prediction(self.url.decode("latin-1"), {}), self.cycle
-        cycle.keep_alive = False
+        cycle.keep_alive, self._reading = False, cycle
         self._reply(cycle, self.app.too_slow(cycle.path))
         waiting.disconnected = True  # the application, if it waits for the rest
         waiting.message_event.set()

@@ -143,6 +143,43 @@ async def test_nothing_to_serve_and_nobody_to_say_it_is_refused_at_the_start(tmp
     assert "inference.repository" in str(refused.value.exceptions[0])
 
 
+async def num_answered(http: httpx.AsyncClient) -> float:
+    counted: dict[str, float] = (await http.get("/health/metrics/json")).json()
+    return counted.get("api_request_total_endpoint=/v2/models/{model}/infer,method=POST,status=200", 0.0)
+
+
+async def test_a_caller_that_reads_late_gets_all_its_answers_and_is_waited_for(tmp_path: Path) -> None:
+    put(tmp_path, "1")
+    rows = 100_000
+    item = {"name": "x", "datatype": "FP32", "shape": [rows, 4], "parameters": {"binary_data_size": rows * 16}}
+    head = orjson.dumps({"inputs": [item], "parameters": {"binary_data_output": True}})
+    length = b"inference-header-content-length: %d" % len(head)
+    async with inline(settings(tmp_path)) as (http, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
+        before = await num_answered(http)
+        for _ in range(8):
+            writer.write(http_request(head + bytes(rows * 16), length))
+        await asyncio.sleep(0.3)
+        answered = await num_answered(http) - before
+        heard, size = [], 0
+        while size < 8 * rows * 16:
+            heard.append(await asyncio.wait_for(reader.read(1 << 20), 20))
+            assert heard[-1], "the connection stays open"
+            size += len(heard[-1])
+        writer.close()
+    assert answered < 8, "the answers to come are not made before the first ones are read"
+    assert b"".join(heard).count(b"HTTP/1.1 200") == 8
+
+
+async def test_a_request_that_comes_in_while_the_one_before_is_answered(tmp_path: Path) -> None:
+    put(tmp_path, "1", onnx_models.slow(1.0))
+    whole = http_request(orjson.dumps(ROW))
+    async with inline(settings(tmp_path)) as (_, port):
+        for cut in (5, 60, len(whole) - 5):
+            heard = await raw(port, whole + whole[:cut], whole[cut:], pause=0.2)
+            assert heard.count(b"HTTP/1.1 200") == 2, cut
+
+
 LARGE = """
 import http.client, json, sys
 rows = 1 << 20
