@@ -269,15 +269,18 @@ class RemoteArtifacts:
     def _make_room(self, keep: Path) -> None:
         """Lets what was used longest ago go, until the cache is within its limit."""
         kept = {path.resolve() for path in self._in_use()} | {keep.resolve()}
-        folders = sorted((p for p in self._cache.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-        sizes = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in folders}
-        total = sum(sizes.values())
-        for folder in folders:
+        there = []
+        for folder in self._cache.iterdir():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # of another fetch, and gone meanwhile
+                size_bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+                there.append((folder.stat().st_mtime, folder, size_bytes))
+        total = sum(size_bytes for _, _, size_bytes in there)
+        for _, folder, size_bytes in sorted(there):
             if total <= self._options.cache_bytes:
                 return
             if folder.resolve() not in kept and not folder.name.startswith("."):  # those may be being fetched
                 shutil.rmtree(folder, ignore_errors=True)
-                total -= sizes[folder]
+                total -= size_bytes
 
     # --- the store and its errors ---
 
