@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +24,7 @@ import orjson
 import psutil
 
 from interlock.api.oip import messages
+from interlock_inference.tools.own_server import free_ports
 
 HERE = Path(__file__).resolve().parent
 START_SECONDS = 60.0
@@ -90,7 +90,7 @@ class Server:
 
     def __init__(self, contestant: Contestant, folder: Path, environments: Path, pin: str) -> None:
         self.contestant = contestant
-        self.grpc_port, self.http_port = _free_ports(2)
+        self.grpc_port, self.http_port = free_ports(2)
         self._folder, self._environments, self._pin = folder, environments, pin
         self._process: subprocess.Popen[bytes] | None = None
         self.start_seconds = 0.0
@@ -130,7 +130,7 @@ class Server:
             "grpc": str(self.grpc_port),
             "http": str(self.http_port),
         }
-        words |= {f"port{i}": str(port) for i, port in enumerate(_free_ports(5))}
+        words |= {f"port{i}": str(port) for i, port in enumerate(free_ports(5))}
         words["home"] = str(self._folder.parent / f"home-{self.grpc_port}")
         ours = {name: value.format(**words) for name, value in self.contestant.environment.items()}
         return clean | ours | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
@@ -210,11 +210,3 @@ def _rss(process: psutil.Process) -> int:
         return int(process.memory_info().rss)
     except psutil.NoSuchProcess:
         return 0
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

@@ -27,7 +27,7 @@ def serving(version: Path) -> Iterator[dict[str, str]]:
         Unavailable: `BENCH_REFUSED`: it did not come up; the end of its log is in the message.
     """
     with tempfile.TemporaryDirectory() as home, (Path(home) / "log").open("wb") as log:
-        grpc, metrics, http, *others = _free_ports(5)
+        grpc, metrics, http, *others = free_ports(5)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("INTERLOCK_")}
         ports = {"INFERENCE": grpc, "INFERENCE_METRICS": metrics, "GATEWAY": http, "CONTROLLER": others[0], "TRAINER": others[1]}  # fmt: skip
         clean |= {"INTERLOCK_HOME": home, **{f"INTERLOCK_{room}_PORT": str(port) for room, port in ports.items()}}
@@ -58,7 +58,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
     raise Unavailable(f"the server did not come up: {log.read_text()[-600:]}", reason="BENCH_REFUSED")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [int(s.getsockname()[1]) for s in sockets]
     for s in sockets:
