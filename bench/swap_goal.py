@@ -1,4 +1,4 @@
-"""The goal of issue 3: 0 failed in 200,000 requests over 50 swaps, failing loads and a model of half a gigabyte among them, and what the swaps do to the p99.
+"""The goal for swaps: 0 failed in 200,000 requests over 50 swaps, failing loads and a model of half a gigabyte among them, and what the swaps do to the p99.
 
     python bench/swap_goal.py                                        200,000 requests at 800/s over HTTP and gRPC; about five minutes
     python bench/swap_goal.py --requests 20000 --swaps 8 --rate 400  a short one

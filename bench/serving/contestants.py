@@ -177,6 +177,11 @@ class Server:
         root = psutil.Process(self._process.pid)
         return [root, *root.children(recursive=True)]
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its first process still runs."""
+        return self._process is not None and self._process.poll() is None
+
     def set_aside(self) -> None:
         """Stops every process of it, so that it takes nothing from the one that is measured."""
         for process in self._tree():

@@ -10,6 +10,7 @@ from contestants import Contestant
 _ROOM = {
     "INTERLOCK_HOME": "{home}",
     "INTERLOCK_INFERENCE_REPOSITORY": "{repository}",
+    "INTERLOCK_INFERENCE_REPOSITORY_SETTLE_SECONDS": "0",  # nobody writes there meanwhile
     "INTERLOCK_INFERENCE_PORT": "{grpc}",
     "INTERLOCK_INFERENCE_METRICS_PORT": "{port0}",
     "INTERLOCK_GATEWAY_PORT": "{http}",

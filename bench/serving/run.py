@@ -134,13 +134,18 @@ class Table:
         """One block per column of work: rate, share of raw, latencies; then what each server weighs."""
         parts = []
         for work in dict.fromkeys(w for works in self.rates.values() for w in works if w.face != "raw"):
-            lines = [f"**{work.title}**", "", "| | requests/s | of raw | p50 ms | p99 ms |", "|---|---|---|---|---|"]
+            lines = [
+                f"**{work.title}**",
+                "",
+                "| | requests/s | of raw | p50 ms | p99 ms | rounds |",
+                "|---|---|---|---|---|---|",
+            ]
             named = [(name, works[work]) for name, works in self.rates.items() if work in works]
             for name, rates in sorted(named, key=lambda pair: -statistics.median(pair[1])):
                 share = self.of_raw(name, work)
                 lines.append(
                     f"| {name} | {statistics.median(rates):,.0f} | {'' if share is None else f'{share:.3f}'}"
-                    f" | {statistics.median(self.p50_ms[name][work]):.2f} | {statistics.median(self.p99_ms[name][work]):.2f} |"
+                    f" | {statistics.median(self.p50_ms[name][work]):.2f} | {statistics.median(self.p99_ms[name][work]):.2f} | {len(rates)} |"
                 )
             parts.append("\n".join(lines))
         weight = ["**with the small model**", "", "| | start to first answer, s | memory, MB |", "|---|---|---|"]
@@ -216,11 +221,18 @@ class Field:
                 server.stop()
         elif contestant.name in self._servers:
             server = self._servers[contestant.name]
-            server.bring_back()
+            if server.is_alive:
+                server.bring_back()
+            elif (again := self._started(contestant)) is not None:  # it bore the pause badly
+                self._stack.callback(again.stop)
+                server = self._servers[contestant.name] = again
+            else:
+                return
             try:
                 self._windows(server, works)
             finally:
-                server.set_aside()
+                if server.is_alive:
+                    server.set_aside()
 
     def _windows(self, server: Server, works: Sequence[Work]) -> None:
         pin = CLIENT_CORE if self._pin else ""
