@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import uvloop
-from swap_under_load import CALLER, SIZES, free_port, mlp, room, wait_for_port
+from swap_under_load import CALLER, SIZES, mlp, room, wait_for_port, write_version
 
 from interlock.api.inference.v1 import runtime_service_pb2 as pb
 from interlock.api.inference.v1 import runtime_service_pb2_grpc as pb_grpc
@@ -32,8 +32,7 @@ from interlock.core.route import Route, Weight
 from interlock.errors import InterlockError
 from interlock.runtime.channels import open_channel
 from interlock.runtime.clock import SystemClock
-from interlock.stores import artifacts, modelspec
-from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
+from interlock.stores.modelspec import BatchingSpec
 from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array, EngineOptions
@@ -41,6 +40,7 @@ from interlock_inference.engines.onnx import load
 from interlock_inference.recorder import Recorder
 from interlock_inference.replica import Replica, Wanted
 from interlock_inference.slots import Registry, Slot
+from interlock_inference.tools.own_server import free_ports
 
 WITHOUT, WITH = "without", "with"
 Measure = Callable[[float], Awaitable[float]]
@@ -80,11 +80,7 @@ def write_models(home: Path, size: str, spec: BatchingSpec) -> dict[str, Path]:
     sizes, folders = SIZES[size], {}
     for model, batching in ((WITHOUT, None), (WITH, spec)):
         folder = folders[model] = home / "models" / model / "1"
-        folder.mkdir(parents=True)
-        (folder / "model.onnx").write_bytes(mlp(sizes, 1))
-        tensors = ((TensorSpec("x", "FP32", (-1, sizes[0])),), (TensorSpec("y", "FP32", (-1, sizes[-1])),))
-        modelspec.write_spec(folder, ModelSpec(model, *tensors, batching=batching))
-        artifacts.write_manifest(folder)
+        write_version(folder, mlp(sizes, 1), sizes, model, batching)
     return folders
 
 
@@ -144,7 +140,8 @@ def through_plane(made: DataPlane, model: str, inputs: dict[str, Array], in_flig
 async def replica_process(stack: AsyncExitStack, folders: dict[str, Path], home: Path) -> str:
     """A replica of its own, both models warmed and routed; its address."""
     env = {n: v for n, v in os.environ.items() if not n.startswith("INTERLOCK_")} | {"INTERLOCK_HOME": str(home)}
-    env |= {f"INTERLOCK_{n}_PORT": str(free_port()) for n in ("INFERENCE", "INFERENCE_METRICS", "CONTROLLER")}
+    names = ("INFERENCE", "INFERENCE_METRICS", "CONTROLLER")
+    env |= {f"INTERLOCK_{n}_PORT": str(port) for n, port in zip(names, free_ports(len(names)), strict=True)}
     port = int(env["INTERLOCK_INFERENCE_PORT"])
     await stack.enter_async_context(room("interlock_inference", env))
     await wait_for_port(port)

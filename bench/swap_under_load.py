@@ -13,7 +13,6 @@ import asyncio
 import itertools
 import json
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -32,7 +31,8 @@ from interlock.api.types.v1 import types_pb2
 from interlock.client.load import GrpcTarget, HttpTarget, Load
 from interlock.runtime.channels import Caller, open_channel
 from interlock.stores import artifacts, modelspec
-from interlock.stores.modelspec import ModelSpec, TensorSpec
+from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
+from interlock_inference.tools.own_server import free_ports
 
 MODEL = "bench"
 SIZES = {
@@ -71,19 +71,15 @@ def mlp(sizes: tuple[int, ...], seed: int) -> bytes:
     )
 
 
-def write_version(folder: Path, body: bytes, sizes: tuple[int, ...]) -> None:
+def write_version(
+    folder: Path, body: bytes, sizes: tuple[int, ...], model: str = MODEL, batching: BatchingSpec | None = None
+) -> None:
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(body)
     onnx.checker.check_model(str(folder / "model.onnx"))
-    spec = ModelSpec(MODEL, (TensorSpec("x", "FP32", (-1, sizes[0])),), (TensorSpec("y", "FP32", (-1, sizes[-1])),))
-    modelspec.write_spec(folder, spec)
+    tensors = ((TensorSpec("x", "FP32", (-1, sizes[0])),), (TensorSpec("y", "FP32", (-1, sizes[-1])),))
+    modelspec.write_spec(folder, ModelSpec(model, *tensors, batching=batching))
     artifacts.write_manifest(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @asynccontextmanager
@@ -165,10 +161,8 @@ async def own_rooms(
     stack: AsyncExitStack, args: argparse.Namespace, home: Path, **settings: str
 ) -> tuple[str, str, Commands]:
     """Starts what is to be measured; its addresses."""
-    ports = {
-        name: free_port()
-        for name in ("INFERENCE_PORT", "INFERENCE_METRICS_PORT", "GATEWAY_PORT", "CONTROLLER_PORT", "TRAINER_PORT")
-    }
+    names = ("INFERENCE_PORT", "INFERENCE_METRICS_PORT", "GATEWAY_PORT", "CONTROLLER_PORT", "TRAINER_PORT")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     env = {n: v for n, v in os.environ.items() if not n.startswith("INTERLOCK_")} | {
         f"INTERLOCK_{n}": str(p) for n, p in ports.items()
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import dataplane_world
 from interlock.core.route import Route, Weight
 from interlock.errors import InterlockError, InvalidArgument
 from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
@@ -64,20 +65,10 @@ class HeldEngine:
 
 
 @dataclass
-class Call:
+class Call(dataplane_world.Call):
     """A request with its inputs at hand."""
 
-    inputs: dict[str, Array]
     model: str = "m"
-    version: str = ""
-    request_id: str = ""
-    outputs: Sequence[str] = ()
-    deadline: float | None = None
-    priority: int = 0
-    has_images: bool = False
-
-    def decode(self, slot: Slot) -> dict[str, Array]:
-        return self.inputs
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from interlock.client.load import Load
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOM_PORTS = (
@@ -178,3 +182,19 @@ def running(home: Path, *arguments: str, **settings: str) -> Iterator[Rooms]:
                 child.kill()
             process.kill()
             process.wait()
+
+
+@contextmanager
+def in_background(load: Load) -> Iterator[Load]:
+    """Runs a load from another thread, until the block ends."""
+    loop, stopping, started = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
+    loop.call_soon(started.set)
+    thread = threading.Thread(target=loop.run_until_complete, args=(load.run(stopping),))
+    thread.start()
+    started.wait()
+    try:
+        yield load
+    finally:
+        loop.call_soon_threadsafe(stopping.set)
+        thread.join(60)
+        loop.close()

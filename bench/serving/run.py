@@ -29,10 +29,9 @@ from contestants import PEERS, Contestant, Server, installed
 from ours import OURS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from swap_under_load import SIZES, mlp
+from swap_under_load import SIZES, mlp, write_version
 
-from interlock.stores import artifacts, modelspec
-from interlock.stores.modelspec import BatchingSpec, ModelSpec, TensorSpec
+from interlock.stores.modelspec import BatchingSpec
 
 SERVER_CORE, CLIENT_CORE = "0", "1"
 RAW = "raw ONNX Runtime"
@@ -63,16 +62,6 @@ WORK = (
     Work("http", "mid", 1, 64),
     Work("grpc", "mid", 64, 4),
 )
-
-
-def write_version(folder: Path, model: str) -> None:
-    """The version folder of a model; ours are served with batching on, as its maker would ask for an MLP."""
-    sizes = SIZES[model]
-    folder.mkdir(parents=True)
-    (folder / "model.onnx").write_bytes(mlp(sizes, 1))
-    tensors = ((TensorSpec("x", "FP32", (-1, sizes[0])),), (TensorSpec("y", "FP32", (-1, sizes[-1])),))
-    modelspec.write_spec(folder, ModelSpec(clients.MODEL, *tensors, batching=BatchingSpec()))
-    artifacts.write_manifest(folder)
 
 
 def raw(path: Path, rows: int, seconds: float) -> float:
@@ -181,7 +170,8 @@ class Field:
     def __init__(self, args: argparse.Namespace, model: str, table: Table, stack: ExitStack, pin: str) -> None:
         self._args, self._model, self._table, self._pin = args, model, table, pin
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "repository" / clients.MODEL / "1"
-        write_version(self.folder, model)
+        # batching on, as the maker of an MLP would ask for it
+        write_version(self.folder, mlp(SIZES[model], 1), SIZES[model], clients.MODEL, BatchingSpec())
         self._x = clients.rows_of(SIZES[model][0], 1)
         self._y = expected(self.folder / "model.onnx", self._x)
         self._servers: dict[str, Server] = {}

@@ -24,7 +24,7 @@ message is also in `metadata`, so that a program never has to parse a sentence.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class InterlockError(Exception):
@@ -168,3 +168,21 @@ def _tree(root: type[InterlockError]) -> dict[str, type[InterlockError]]:
 
 BY_KIND: Mapping[str, type[InterlockError]] = _tree(InterlockError)
 """gRPC code name -> class, for rebuilding an error on the client's side of a wire."""
+
+
+def as_plain(error: InterlockError) -> dict[str, Any]:
+    """An error as JSON, for processes of ours that talk without gRPC."""
+    return {
+        "kind": error.kind,
+        "message": error.message,
+        "reason": error.reason,
+        "field": error.field,
+        "metadata": error.metadata,
+    }
+
+
+def from_plain(body: Mapping[str, Any]) -> InterlockError:
+    """The error that `as_plain` was given."""
+    return BY_KIND.get(str(body["kind"]), Internal)(
+        str(body["message"]), reason=str(body["reason"]), field=str(body["field"]), metadata=body["metadata"]
+    )

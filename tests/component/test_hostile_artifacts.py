@@ -73,6 +73,7 @@ def test_it_is_refused_and_nothing_runs(outcomes: dict[str, dict[str, Any]], nam
 def test_the_canary_is_alive(tmp_path: Path, body: Callable[[Path], bytes]) -> None:
     """Without the lock the same bytes do run: otherwise the test above would show nothing."""
     canary = tmp_path / "canary"
+    # unpickling may fail behind the payload: that it ran is what counts
     code = "import pickle, sys, zipfile, io; b = open(sys.argv[1], 'rb').read()\nif b[:2] == b'PK': b = zipfile.ZipFile(io.BytesIO(b)).read('archive/data.pkl')\ntry: pickle.loads(b)\nexcept Exception: pass"
     (tmp_path / "p").write_bytes(body(canary))
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=True, timeout=60)

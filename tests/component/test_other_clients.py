@@ -23,6 +23,31 @@ from rooms import ROOT, free_ports
 
 KSERVE = ROOT / ".kserve" / "bin" / "python"
 
+TRITON_REFUSED = """
+def refuses(name, call):
+    try:
+        call()
+    except InferenceServerException as error:
+        refused[name] = [error.status(), error.message()]
+
+
+refuses("no such model", lambda: client.load_model("nobody"))
+refuses("override", lambda: client.load_model("policy", config="{}"))
+refuses("classification", lambda: client.infer("policy", inputs, outputs=[triton.InferRequestedOutput("y", class_count=1)]))
+refuses("system", lambda: client.get_system_shared_memory_status())
+refuses("system register", lambda: client.register_system_shared_memory("r", "/k", 10))
+refuses("system unregister", lambda: client.unregister_system_shared_memory())
+refuses("cuda", lambda: client.get_cuda_shared_memory_status())
+refuses("cuda register", lambda: client.register_cuda_shared_memory("r", b"aGFuZGxl", 0, 10))
+refuses("cuda unregister", lambda: client.unregister_cuda_shared_memory("r"))
+refuses("trace", lambda: client.get_trace_settings("policy"))
+refuses("trace update", lambda: client.update_trace_settings(settings={"trace_level": "MAX"}))
+refuses("logs", lambda: client.get_log_settings())
+refuses("logs update", lambda: client.update_log_settings({"log_info": True}))
+client.close()
+print(json.dumps([seen, refused]))
+"""
+
 TRITON_HTTP = """
 import json, sys
 import numpy as np
@@ -63,28 +88,6 @@ seen["statistics"] = client.get_inference_statistics("policy")["model_stats"][0]
 client.unload_model("policy")
 
 
-def refuses(name, call):
-    try:
-        call()
-    except InferenceServerException as error:
-        refused[name] = [error.status(), error.message()]
-
-
-refuses("no such model", lambda: client.load_model("nobody"))
-refuses("override", lambda: client.load_model("policy", config="{}"))
-refuses("classification", lambda: client.infer("policy", inputs, outputs=[triton.InferRequestedOutput("y", class_count=1)]))
-refuses("system", lambda: client.get_system_shared_memory_status())
-refuses("system register", lambda: client.register_system_shared_memory("r", "/k", 10))
-refuses("system unregister", lambda: client.unregister_system_shared_memory())
-refuses("cuda", lambda: client.get_cuda_shared_memory_status())
-refuses("cuda register", lambda: client.register_cuda_shared_memory("r", b"aGFuZGxl", 0, 10))
-refuses("cuda unregister", lambda: client.unregister_cuda_shared_memory("r"))
-refuses("trace", lambda: client.get_trace_settings("policy"))
-refuses("trace update", lambda: client.update_trace_settings(settings={"trace_level": "MAX"}))
-refuses("logs", lambda: client.get_log_settings())
-refuses("logs update", lambda: client.update_log_settings({"log_info": True}))
-client.close()
-print(json.dumps([seen, refused]))
 """
 
 TRITON_GRPC = """
@@ -108,7 +111,7 @@ seen["config"] = client.get_model_config("policy", "2").config.name
 seen["index"] = {m.version: m.state for m in client.get_model_repository_index().models}
 x = triton.InferInput("x", [2, 4], "FP32")
 x.set_data_from_numpy(np.zeros((2, 4), np.float32))
-outputs = [triton.InferRequestedOutput("y")]
+inputs, outputs = [x], [triton.InferRequestedOutput("y")]
 answer = client.infer("policy", [x], outputs=outputs, request_id="7", priority=1, timeout=1_000_000, client_timeout=10, parameters={"own": "kept"})
 seen["infer"] = [answer.as_numpy("y").tolist(), answer.get_response().id, answer.get_response().model_version]
 compressed = client.infer("policy", [x], compression_algorithm="gzip")
@@ -129,28 +132,6 @@ seen["statistics"] = client.get_inference_statistics("policy").model_stats[0].in
 client.unload_model("policy")
 
 
-def refuses(name, call):
-    try:
-        call()
-    except InferenceServerException as error:
-        refused[name] = [error.status(), error.message()]
-
-
-refuses("no such model", lambda: client.load_model("nobody"))
-refuses("override", lambda: client.load_model("policy", config="{}"))
-refuses("classification", lambda: client.infer("policy", [x], outputs=[triton.InferRequestedOutput("y", class_count=1)]))
-refuses("system", lambda: client.get_system_shared_memory_status())
-refuses("system register", lambda: client.register_system_shared_memory("r", "/k", 10))
-refuses("system unregister", lambda: client.unregister_system_shared_memory())
-refuses("cuda", lambda: client.get_cuda_shared_memory_status())
-refuses("cuda register", lambda: client.register_cuda_shared_memory("r", b"aGFuZGxl", 0, 10))
-refuses("cuda unregister", lambda: client.unregister_cuda_shared_memory("r"))
-refuses("trace", lambda: client.get_trace_settings("policy"))
-refuses("trace update", lambda: client.update_trace_settings(settings={"trace_level": "MAX"}))
-refuses("logs", lambda: client.get_log_settings())
-refuses("logs update", lambda: client.update_log_settings({"log_info": True}))
-client.close()
-print(json.dumps([seen, refused]))
 """
 
 KSERVE_CLIENT = """
@@ -250,7 +231,9 @@ def check_refusals(refused: dict[str, Any], codes: dict[str, str]) -> None:
 async def test_every_call_of_tritonclient_over_http(tmp_path: Path) -> None:
     """JSON and the binary tensor extension."""
     async with both_faces(tmp_path) as addresses:
-        seen, refused = json.loads((await run(sys.executable, "-c", TRITON_HTTP, *addresses)).splitlines()[-1])
+        seen, refused = json.loads(
+            (await run(sys.executable, "-c", TRITON_HTTP + TRITON_REFUSED, *addresses)).splitlines()[-1]
+        )
     whole = [TWOS, "7", "2"]
     answers = {"json": whole, "binary in": whole, "binary out": whole, "binary": whole, "statistics": 10}
     assert seen == {**COMMON, **answers}
@@ -259,7 +242,9 @@ async def test_every_call_of_tritonclient_over_http(tmp_path: Path) -> None:
 
 async def test_every_call_of_tritonclient_over_grpc(tmp_path: Path) -> None:
     async with both_faces(tmp_path) as addresses:
-        seen, refused = json.loads((await run(sys.executable, "-c", TRITON_GRPC, *addresses)).splitlines()[-1])
+        seen, refused = json.loads(
+            (await run(sys.executable, "-c", TRITON_GRPC + TRITON_REFUSED, *addresses)).splitlines()[-1]
+        )
     answers = {"infer": [TWOS, "7", "2"], "compressed": TWOS, "stream": ["0", "1", "2"], "stream refusal": True, "statistics": 12}  # fmt: skip
     assert seen == {**COMMON, **answers}
     codes = {"unimplemented": "StatusCode.UNIMPLEMENTED", "not found": "StatusCode.NOT_FOUND", "invalid": "StatusCode.INVALID_ARGUMENT"}  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,10 @@ from controller_world import Controller, a_controller, state_of
 from interlock.api.controller.v1 import swap_service_pb2
 from interlock.api.inference.v1 import runtime_service_pb2
 from replica_world import Remote, a_process, a_replica
+from rooms import free_ports
 from system.test_controller_kill import Load
 
 pytestmark = pytest.mark.system
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 async def routed(replica: Remote, epoch: int) -> runtime_service_pb2.ReplicaState:
@@ -56,7 +50,7 @@ async def swap_under_load(controller: Controller, sound: Remote, version: str, d
 @pytest.mark.parametrize("place", ["switch", "drain"])
 async def test_a_replica_that_dies_at(tmp_path: Path, place: str) -> None:
     async with a_replica(tmp_path / "sound") as sound:
-        port = free_port()  # the replica's assignment is kept under its port
+        port = free_ports(1)[0]  # the replica's assignment is kept under its port
         async with (
             a_process(tmp_path / "mortal", port=port) as (first, _),
             a_controller(tmp_path, [sound.url, first.url]) as controller,

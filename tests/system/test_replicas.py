@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 
 import onnx_models
 from interlock.client.load import HttpTarget, Load
-from rooms import Rooms, running, until
+from rooms import Rooms, in_background, running, until
 
 pytestmark = [pytest.mark.system]
 MODEL = "policy"
@@ -25,18 +23,8 @@ MODEL = "policy"
 def traffic(rooms: Rooms, rate: float) -> Iterator[Load]:
     """Predictions over HTTP from another thread, until the block ends."""
     target = HttpTarget(f"127.0.0.1:{rooms.port('GATEWAY')}", MODEL, {"x": np.zeros((1, 4), np.float32)})
-    load = Load([target], rate=rate)
-    loop, stopping, started = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
-    loop.call_soon(started.set)
-    thread = threading.Thread(target=loop.run_until_complete, args=(load.run(stopping),))
-    thread.start()
-    started.wait()
-    try:
+    with in_background(Load([target], rate=rate)) as load:
         yield load
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join(60)
-        loop.close()
 
 
 def reload(rooms: Rooms, path: Path) -> httpx.Response:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import getpass
 import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 
 import onnx_models
 from interlock.client.load import GrpcTarget, HttpTarget, Load
-from rooms import Rooms, running, until
+from rooms import Rooms, in_background, running, until
 
 pytestmark = [pytest.mark.system]
 MODEL = "policy"
@@ -57,17 +55,8 @@ def traffic(rooms: Rooms, rate: float | None) -> Iterator[Load]:
         ],
         rate=rate,
     )
-    loop, stopping, started = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
-    loop.call_soon(started.set)
-    thread = threading.Thread(target=loop.run_until_complete, args=(load.run(stopping),))
-    thread.start()
-    started.wait()
-    try:
+    with in_background(load):
         yield load
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join(60)
-        loop.close()
 
 
 def test_reload_version_and_rollback(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,22 +21,17 @@ from interlock.api.trainer.v1 import metrics_service_pb2_grpc as metrics_grpc
 from interlock.api.trainer.v1 import run_service_pb2 as run_pb
 from interlock.api.trainer.v1 import run_service_pb2_grpc as run_grpc
 from interlock.stores.checkpoints import CheckpointStore
+from rooms import free_ports
 
 pytestmark = pytest.mark.system
 RUNNING, DETACHED, COMPLETED = run_pb.Run.STATE_RUNNING, run_pb.Run.STATE_DETACHED, run_pb.Run.STATE_COMPLETED
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Trainer:
     """One trainer after another on the same port and state folder."""
 
     def __init__(self, home: Path) -> None:
-        self.home, self.port = home, free_port()
+        self.home, self.port = home, free_ports(1)[0]
         self.extra: dict[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.channel = grpc.insecure_channel(
@@ -54,7 +48,7 @@ class Trainer:
             "INTERLOCK_HOME": str(self.home),
             "INTERLOCK_TRAINER_PORT": str(self.port),
             "INTERLOCK_TRAINER_METRICS_PORT": "0",
-            "INTERLOCK_CONTROLLER_PORT": str(free_port()),
+            "INTERLOCK_CONTROLLER_PORT": str(free_ports(1)[0]),
             "INTERLOCK_PROBE_INTERVAL_SECONDS": "0",
             **self.extra,
         }

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interlock.errors import BY_KIND, InterlockError, Internal
+from interlock.errors import InterlockError, Internal, as_plain, from_plain
 from interlock.stores.artifacts import FileEntry, Manifest
 from interlock.stores.checkpoints import CheckpointStore, TensorSlot, failpoint
 
@@ -90,7 +90,7 @@ def answer_of(message: Mapping[str, Any]) -> Manifest:
         return Manifest(files, message["metadata"])
     if error["kind"] == "OSError":
         raise OSError(error["errno"], error["text"], error["file"])
-    raise BY_KIND.get(error["kind"], Internal)(error["text"], reason=error["reason"])
+    raise from_plain(error)
 
 
 def _answer(manifest: Manifest) -> dict[str, Any]:
@@ -99,12 +99,11 @@ def _answer(manifest: Manifest) -> dict[str, Any]:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    if isinstance(error, InterlockError):
-        return {"error": {"kind": error.kind, "text": error.message, "reason": error.reason}}
     if isinstance(error, OSError):
         parts = {"errno": error.errno or 0, "text": error.strerror or str(error), "file": error.filename}
         return {"error": {"kind": "OSError", **parts}}
-    return {"error": {"kind": "INTERNAL", "text": f"{type(error).__name__}: {error}", "reason": "INTERNAL"}}
+    told = error if isinstance(error, InterlockError) else Internal(f"{type(error).__name__}: {error}")
+    return {"error": as_plain(told)}
 
 
 def _wait_for_job(line: socket.socket, parent: int) -> tuple[dict[str, Any], list[int]]:

@@ -452,10 +452,7 @@ _GATE: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 def _parse_gate(table: Any) -> GateSpec:
     if not isinstance(table, dict) or set(table) != set(_GATE):
         raise _invalid("gate", f"model.toml: gate: exactly {', '.join(_GATE)} are needed")
-    for key, (fits, wanted) in _GATE.items():
-        if not fits(table[key]):
-            raise _invalid(f"gate.{key}", f"model.toml: gate.{key}: {table[key]!r} is not {wanted}")
-    return GateSpec(**table)
+    return GateSpec(**_parse_table(table, "gate", _GATE))
 
 
 def _parse_tensors(table: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:

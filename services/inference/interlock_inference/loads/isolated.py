@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from interlock.errors import Unavailable
+from interlock.errors import Unavailable, from_plain
 from interlock_inference.engines import Array
 from interlock_inference.loads import wire
 from interlock_inference.loads.process import Child, Report
@@ -77,7 +77,7 @@ class IsolatedEngine:
             raise _lost()
         free.put(channel)
         if "error" in answer:
-            raise wire.as_error(answer["error"])
+            raise from_plain(answer["error"])
         return arrays
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from interlock.errors import FailedPrecondition, InterlockError
+from interlock.errors import FailedPrecondition, InterlockError, from_plain
 from interlock.runtime import failpoints
 from interlock.stores.modelspec import TensorSpec
 from interlock_inference.engines import EngineOptions, Signature
@@ -130,7 +130,7 @@ class Child:
             if "progress" in message:
                 progress(*message["progress"])
             elif "error" in message:
-                raise wire.as_error(message["error"])
+                raise from_plain(message["error"])
             else:
                 return _report(message["loaded"])
         self.kill()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from interlock.errors import BY_KIND, InterlockError, Internal
+from interlock.errors import InterlockError, as_plain
 from interlock.runtime.arrays import Array, decode_raw, encode_raw
 
 MESSAGE_BYTES_MAX = 160 << 10  # below the default buffer of a Unix socket
@@ -40,20 +40,7 @@ def receive(end: socket.socket) -> Message | None:
 
 def error_message(error: InterlockError) -> Message:
     """An error as it travels."""
-    return {
-        "kind": error.kind,
-        "message": error.message[:2000],
-        "reason": error.reason,
-        "field": error.field,
-        "metadata": error.metadata,
-    }
-
-
-def as_error(body: Message) -> InterlockError:
-    """The error that was sent."""
-    return BY_KIND.get(str(body["kind"]), Internal)(
-        str(body["message"]), reason=str(body["reason"]), field=str(body["field"]), metadata=body["metadata"]
-    )
+    return {**as_plain(error), "message": error.message[:2000]}
 
 
 class Window:

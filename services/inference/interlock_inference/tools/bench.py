@@ -184,7 +184,7 @@ def bench(
             targets, model, key = stack.enter_context(own_server.serving(versions[0])), own_server.MODEL, ""
         if targets:
             cases |= dict(served_cases(targets, model, _batches(versions[0], batches, file), in_flight, key))
-        rows = rows_of(_measured(cases, rounds, seconds))
+        rows = rows_of(report.measured(cases, rounds=rounds, seconds=seconds))
     document = report.document("bench", versions=[str(path) for path in versions], rounds=rounds, seconds=seconds, rows=rows)  # fmt: skip
     terminal.show_json(document) if json_ else show(rows)
     if plot is not None:
@@ -198,9 +198,3 @@ def _batches(path: Path, batches: Sequence[int], file: Path | None) -> dict[int,
     rows = inputs_for(path, engine, file)
     found = {batch: rows.rows(engine.signature, batch) for batch in batches}
     return {batch: arrays for batch, arrays in found.items() if arrays is not None}
-
-
-def _measured(cases: Mapping[Case, Measure], rounds: int, seconds: float) -> dict[Case, list[Timing]]:
-    with report.progress() as bar:
-        task = bar.add_task("measuring", total=rounds * len(cases))
-        return timing.interleaved(cases, rounds=rounds, seconds=seconds, tick=lambda case: bar.advance(task))

@@ -22,12 +22,12 @@ from interlock.errors import FailedPrecondition, InvalidArgument
 from interlock.runtime import terminal
 from interlock.stores import golden, modelspec
 from interlock.stores.artifacts import Manifest, write_manifest
-from interlock.stores.modelspec import GateSpec, ModelSpec
+from interlock.stores.modelspec import GateSpec
 from interlock_inference.engines import EngineOptions
 from interlock_inference.repository import Opened
 from interlock_inference.tools import report, timing
 from interlock_inference.tools import samples as sampling
-from interlock_inference.tools.subject import inputs_for, model_of, opened, run_of
+from interlock_inference.tools.subject import inputs_for, model_of, opened, run_of, spec_of
 
 REPORT_FILE = "quantize.json"
 DROP_MAX = 0.005  # 004 part H-5: at most 0.5 % of top-1
@@ -188,12 +188,9 @@ def _shown(gate: GateSpec) -> dict[str, Any]:
 
 def _finish(folder: Path, before: Opened, gate: GateSpec, document: dict[str, Any]) -> Manifest:
     """The version's own files: model.toml with its gate, the golden set, the report, and the manifest over all of it."""
-    if before.spec is not None:
-        source = {**before.spec.source, "quantised_from": before.digest}
-        spec = replace(before.spec, engine="onnx", file="model.onnx", source=source, batching=None, gate=gate)
-    else:
-        signature = before.engine.signature
-        spec = ModelSpec(before.path.stem, signature.inputs, signature.outputs, source={"quantised_from": before.digest}, gate=gate)  # fmt: skip
+    spec = spec_of(before)
+    source = {**spec.source, "quantised_from": before.digest}
+    spec = replace(spec, engine="onnx", file="model.onnx", source=source, batching=None, gate=gate)
     labels = spec.postprocess.labels_file if spec.postprocess is not None else ""
     for name in filter(None, (golden.GOLDEN_FILE, labels)):
         if (before.path / name).is_file():

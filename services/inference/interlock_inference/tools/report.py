@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from interlock.errors import FailedPrecondition
 from interlock.stores.artifacts import write_durably
+from interlock_inference.tools.timing import Key, Measure, Timing, interleaved
 
 ERR = Console(stderr=True, highlight=False)
 
@@ -27,6 +28,13 @@ def progress() -> Progress:
     """A bar on standard error, so that standard output stays clean; nothing where that is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal)
+
+
+def measured(cases: Mapping[Key, Measure], *, rounds: int, seconds: float) -> dict[Key, list[Timing]]:
+    """`timing.interleaved`, under a bar."""
+    with progress() as bar:
+        task = bar.add_task("measuring", total=rounds * len(cases))
+        return interleaved(cases, rounds=rounds, seconds=seconds, tick=lambda key: bar.advance(task))
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from interlock.errors import InvalidArgument
 from interlock.runtime import settings
 from interlock.stores import golden
+from interlock.stores.modelspec import ModelSpec
 from interlock_inference.engines import Array, Engine, EngineOptions, Signature, made_up_inputs, onnx
 from interlock_inference.repository import Opened, open_artifact
 
@@ -51,6 +52,12 @@ def model_of(subject: Opened) -> Path:
 def _with_modules(options: EngineOptions) -> EngineOptions:
     """What the operator allows a replica, this command may run too."""
     return replace(options, torch_modules=tuple(settings.load().inference.torch_modules))
+
+
+def spec_of(subject: Opened) -> ModelSpec:
+    """The version's model.toml, or what stands for it beside a bare file."""
+    signature = subject.engine.signature
+    return subject.spec or ModelSpec(subject.path.stem, signature.inputs, signature.outputs)
 
 
 def run_of(engine: Engine, inputs: Mapping[str, Array]) -> Callable[[], object]:

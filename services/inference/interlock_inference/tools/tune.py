@@ -23,12 +23,11 @@ from interlock.errors import FailedPrecondition, InterlockError
 from interlock.runtime import terminal
 from interlock.stores import modelspec
 from interlock.stores.artifacts import read_manifest, write_manifest
-from interlock.stores.modelspec import ModelSpec
 from interlock_inference.engines import Array, Engine, EngineOptions, onnx
 from interlock_inference.repository import Opened
 from interlock_inference.tools import report, timing
 from interlock_inference.tools.options import numbers
-from interlock_inference.tools.subject import Inputs, inputs_for, model_of, opened, providers_of, run_of, short
+from interlock_inference.tools.subject import Inputs, inputs_for, model_of, opened, providers_of, run_of, short, spec_of
 
 GAIN_MIN = 1.03  # below it a round's luck decides
 NUM_FINALISTS = 3
@@ -98,12 +97,6 @@ def _same(ours: Array, theirs: Array) -> bool:
     return bool(np.allclose(ours, theirs, rtol=0, atol=TOLERANCE * largest, equal_nan=True))
 
 
-def spec_of(subject: Opened) -> ModelSpec:
-    """The version's model.toml, or what stands for it beside a bare file."""
-    signature = subject.engine.signature
-    return subject.spec or ModelSpec(subject.path.stem, signature.inputs, signature.outputs)
-
-
 def measured(
     candidates: Sequence[Candidate], rows: Inputs, batches: Sequence[int], rounds: int, seconds: float
 ) -> dict[int, dict[int, list[timing.Timing]]]:
@@ -114,9 +107,7 @@ def measured(
         for batch in batches
         if one.engine is not None and (arrays := rows.rows(one.engine.signature, batch)) is not None
     }
-    with report.progress() as bar:
-        task = bar.add_task("measuring", total=rounds * len(cases))
-        found = timing.interleaved(cases, rounds=rounds, seconds=seconds, tick=lambda key: bar.advance(task))
+    found = report.measured(cases, rounds=rounds, seconds=seconds)
     tables: dict[int, dict[int, list[timing.Timing]]] = {}
     for (place, batch), timings in found.items():
         tables.setdefault(place, {})[batch] = timings
