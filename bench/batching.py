@@ -29,16 +29,15 @@ from interlock.api.inference.v1 import runtime_service_pb2_grpc as pb_grpc
 from interlock.api.types.v1 import types_pb2
 from interlock.client.load import GrpcTarget, Load
 from interlock.core.route import Route, Weight
-from interlock.errors import InterlockError
+from interlock.runtime.access import Keys
 from interlock.runtime.channels import open_channel
-from interlock.runtime.clock import SystemClock
+from interlock.runtime.settings import Settings
 from interlock.stores.modelspec import BatchingSpec
-from interlock_inference.assignment import AssignmentFile
 from interlock_inference.dataplane import DataPlane
 from interlock_inference.engines import Array, EngineOptions
 from interlock_inference.engines.onnx import load
-from interlock_inference.recorder import Recorder
-from interlock_inference.replica import Replica, Wanted
+from interlock_inference.parts import assembled
+from interlock_inference.replica import Wanted
 from interlock_inference.slots import Registry, Slot
 from interlock_inference.tools.own_server import free_ports
 
@@ -65,16 +64,6 @@ class Call:
         return self._inputs
 
 
-class Nobody:
-    """Observes nothing."""
-
-    def finished(self, slot: Slot, seconds: float, error: InterlockError | None) -> None:
-        """Ignored."""
-
-    def ran(self, slot: Slot, rows: int) -> None:
-        """Ignored."""
-
-
 def write_models(home: Path, size: str, spec: BatchingSpec) -> dict[str, Path]:
     """The same network twice."""
     sizes, folders = SIZES[size], {}
@@ -99,20 +88,16 @@ def raw(path: Path, inputs: dict[str, Array]) -> Measure:
 
 
 async def plane(stack: AsyncExitStack, folders: dict[str, Path], home: Path) -> tuple[DataPlane, Registry]:
-    """A data plane in this process, both models warmed and routed."""
-    registry, recorder = Registry(), Recorder()
-    made = DataPlane(registry, recorder, Nobody(), queue_limit=4096)
-    stack.callback(made.close)
-    tasks = await stack.enter_async_context(asyncio.TaskGroup())
-    file = AssignmentFile(home / "bench.json")
-    replica = Replica(registry, recorder, file, SystemClock(), tasks, options=EngineOptions(), warmup_iterations=20)
-    stack.callback(replica.close)
+    """A replica without a listener in this process, both models warmed and routed."""
+    own = {"port": 0, "metrics_port": 0, "warmup_iterations": 20, "try_loads": False}
+    config = Settings(home=home, inference=own)
+    parts = await stack.enter_async_context(assembled(config, Keys(home), asyncio.Event()))
     for model, folder in folders.items():
-        async for _ in replica.prepare(Wanted(model, "1", str(folder))):
+        async for _ in parts.replica.prepare(Wanted(model, "1", str(folder))):
             pass
-        await replica.warm(model, "1", 0)
-        await replica.apply_route(1, Route(model, 1, (Weight("1", 1),)), "1", 0.0)
-    return made, registry
+        await parts.replica.warm(model, "1", 0)
+        await parts.replica.apply_route(1, Route(model, 1, (Weight("1", 1),)), "1", 0.0)
+    return parts.plane, parts.registry
 
 
 def through_plane(made: DataPlane, model: str, inputs: dict[str, Array], in_flight: int) -> Measure:
